@@ -1,0 +1,5 @@
+"""`python -m vipo` is `vipo`."""
+
+from .cli import main
+
+main()

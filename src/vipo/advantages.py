@@ -1,0 +1,93 @@
+"""Group advantages and pixel advantages. Pure functions; everything here is detached from the policy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .types import check_shape, require_finite
+
+
+def group_advantages(
+    rewards: Tensor,
+    group_size: int,
+    *,
+    std: Literal["population", "sample"] = "population",
+    eps: float = 1e-4,
+    clip: float | None = 5.0,
+) -> Tensor:
+    """Normalise rewards within each group (ViPO Eq. 1; docs/equations.md A1).
+
+        A_i = (r_i - mean of its group) / (std of its group + eps), clamped to [-clip, clip]
+
+    A constant group has advantage 0 exactly: it neither helps nor harms. Count such groups with `constant_groups`.
+
+    Args:
+        rewards: (N,), samples of a group adjacent; N a multiple of `group_size`.
+        group_size: G >= 2.
+        std: "population" divides by G, "sample" by G - 1.
+        eps: added to the std, in reward units.
+        clip: bound of the result, in standard deviations; None for no bound.
+
+    Returns:
+        (N,) float32, zero mean in every group (before clamping).
+
+    Raises:
+        ValueError: group_size < 2, N not a multiple of it, or an unknown `std`.
+        FloatingPointError: a reward is not finite.
+    """
+    grouped = _grouped(rewards, group_size)
+    if std not in ("population", "sample"):
+        raise ValueError(f"std: expected population or sample, got {std!r}")
+    centred = grouped - grouped.mean(1, keepdim=True)
+    spread = grouped.std(1, keepdim=True, correction=0 if std == "population" else 1)
+    constant = _constant(grouped)[:, None]
+    advantages = torch.where(constant, torch.zeros_like(centred), centred / (spread + eps))
+    if clip is not None:
+        advantages = advantages.clamp(-clip, clip)
+    return advantages.flatten()
+
+
+def constant_groups(rewards: Tensor, group_size: int) -> Tensor:
+    """Count the groups whose rewards are all equal, and which therefore teach nothing: 0-dim int64."""
+    return _constant(_grouped(rewards, group_size)).sum()
+
+
+def _constant(grouped: Tensor) -> Tensor:
+    return grouped.amax(1) == grouped.amin(1)
+
+
+def _grouped(rewards: Tensor, group_size: int) -> Tensor:
+    check_shape("rewards", rewards, "N")
+    if group_size < 2:
+        raise ValueError(f"group_size: expected >= 2, got {group_size}: a group of one has no spread to compare with")
+    if len(rewards) == 0 or len(rewards) % group_size:
+        raise ValueError(f"rewards: expected a multiple of group_size = {group_size} samples, got {len(rewards)}")
+    require_finite("rewards", rewards)
+    return rewards.detach().to(torch.float32).view(-1, group_size)
+
+
+def pixel_advantages(advantages: Tensor, maps: Tensor) -> Tensor:
+    """Spread each sample's advantage over the latent grid (ViPO Eq. 3; docs/equations.md A2).
+
+        A_i[p] = M_i[p] * A_i
+
+    Args:
+        advantages: (N,).
+        maps: (N, T, H, W), >= 0; mean 1 per sample preserves the advantage's total.
+
+    Returns:
+        (N, T, H, W) float32, detached.
+
+    Raises:
+        ValueError: the shapes disagree, or a map has a negative value.
+        FloatingPointError: a map is not finite.
+    """
+    check_shape("maps", maps, "N T H W", check_shape("advantages", advantages, "N"))
+    maps = maps.detach().to(torch.float32)
+    require_finite("maps", maps)
+    if bool((maps < 0).any()):
+        raise ValueError(f"maps: expected values >= 0, got a minimum of {maps.min():.3g}; a negative weight inverts the reward")
+    return advantages.detach().to(torch.float32)[:, None, None, None] * maps

@@ -1,0 +1,235 @@
+"""Command line: vipo demo | train | check | report."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+
+DESCRIPTION = """\
+Post-train image generators with pixel-level advantages (ViPO, arXiv 2511.18719).
+
+  vipo demo                        post-train the embedded pipeline by GRPO and by ViPO, and compare (minutes, no GPU)
+  vipo check CONFIG.yaml           try every part of a run in seconds, before the run
+  vipo train CONFIG.yaml           train any diffusers text-to-image pipeline
+  vipo report RUN                  write a run directory's report.html again
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line; user errors print one line and exit with 2."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    options = _parse(sys.argv[1:] if argv is None else list(argv))
+    try:
+        code = options.command(options)
+    except (ValueError, FloatingPointError, OSError) as error:
+        for line in str(error).splitlines() or [type(error).__name__]:
+            print(f"vipo: error: {line}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print("vipo: interrupted; the last checkpoint is intact, continue with --resume", file=sys.stderr)
+        code = 130
+    sys.exit(code)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="vipo", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"vipo {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    demo = commands.add_parser("demo", help="GRPO against ViPO on the embedded pipeline", description=_demo.__doc__)
+    demo.add_argument("-o", "--output", type=Path, default=Path("runs/demo"), help="run directory (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
+    demo.add_argument("--iterations", type=int, help="iterations per method (default: the recipe's)")
+    demo.add_argument("--prompts", type=int, default=128, help="held-out prompts evaluated (default: %(default)s)")
+    demo.add_argument("--overwrite", action="store_true", help="replace an earlier run in the same directory")
+    demo.set_defaults(command=_demo)
+
+    keys = _keys() if {"-h", "--help"} & set(argv) and {"train", "check"} & set(argv) else None
+    train = _with_config(commands, "train", "train a pipeline", _train, keys)
+    begin = train.add_mutually_exclusive_group()
+    begin.add_argument("--resume", action="store_true", help="continue the newest checkpoint of the run directory")
+    begin.add_argument("--overwrite", action="store_true", help="remove the run in the run directory and start again")
+    _with_config(commands, "check", "preflight of a training run", _check, keys)
+
+    report = commands.add_parser("report", help="write report.html of a run directory", description=_report.__doc__)
+    report.add_argument("run", type=Path, help="directory written by vipo train or vipo demo")
+    report.set_defaults(command=_report)
+
+    options, rest = parser.parse_known_args(argv)
+    if rest and not hasattr(options, "config"):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.overrides = rest
+    return options
+
+
+def _with_config(commands: Any, name: str, summary: str, command: Any, keys: str | None) -> argparse.ArgumentParser:
+    """Add a command that takes CONFIG and overrides; the keys are listed below its help."""
+
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        usage=f"vipo {name} CONFIG [--SECTION.KEY=VALUE ...] [options]",
+        description=inspect.cleandoc(command.__doc__),
+        epilog=keys and keys.replace("%", "%%"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a recipe: " + ", ".join(_recipes()))
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _keys() -> str:
+    """The table of config keys, from the docstrings of the config's fields."""
+    from .config import fields
+
+    rows = [f"  --{key}={default}\n      {text}" for key, default, text in fields()]
+    return "keys, with their defaults (in YAML: section, then key):\n" + "\n".join(rows)
+
+
+def _recipes() -> list[str]:
+    folder = resources.files("vipo") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def _load(options: argparse.Namespace) -> Any:
+    from .config import Config
+
+    path = Path(options.config)
+    if not path.exists() and options.config in _recipes():
+        path = Path(str(resources.files("vipo") / "recipes" / f"{options.config}.yaml"))
+    return Config.from_yaml(path, options.overrides)
+
+
+def _demo(options: argparse.Namespace) -> int:
+    """Post-train the embedded text-to-image pipeline by scalar GRPO and by ViPO from the same weights, prompts, seeds
+    and budget; evaluate base, GRPO and ViPO on held-out prompts; write report.html and summary.json."""
+    if options.iterations is not None and options.iterations < 1:
+        raise ValueError(f"--iterations: expected at least 1, got {options.iterations}")
+    if options.prompts < 2 or options.seed < 0:
+        raise ValueError("--prompts: expected at least 2; --seed: expected at least 0")
+    from rich.console import Console
+
+    from .demo import METHODS, run_demo
+
+    console = Console()
+    with _progress(console) as bars:
+        tasks: dict[str, Any] = {}
+
+        def progress(stage: str, done: int, total: int, remark: str) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, remark="")
+            bars.update(tasks[stage], completed=done, remark=remark)
+
+        summary = run_demo(
+            options.output,
+            seed=options.seed,
+            iterations=options.iterations,
+            prompts=options.prompts,
+            overwrite=options.overwrite,
+            progress=progress,
+        )
+    console.print(_table(summary, METHODS))
+    console.print(f"{summary['times']['total']:.0f} s; open {options.output / 'report.html'}", highlight=False)
+    return 0
+
+
+def _progress(console: Any) -> Any:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description:<16}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[remark]}"),
+        console=console,
+    )
+
+
+def _table(summary: dict[str, Any], methods: dict[str, str]) -> Any:
+    """Held-out means with 95 % intervals, and ViPO's paired difference to GRPO."""
+    from rich.table import Table
+
+    table = Table(title=f"{summary['evaluation']['prompts']} held-out prompts, mean [95 % interval]")
+    for heading in ("metric", "base", *methods.values(), "ViPO - GRPO"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right")
+
+    def cell(entry: dict[str, Any]) -> str:
+        return "-" if entry["mean"] is None else f"{entry['mean']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
+
+    for metric in summary["metrics"]:
+        arrow = "higher is better" if metric["higher_is_better"] else "lower is better"
+        rows = [summary["evaluation"][name][metric["name"]] for name in ("base", *methods)]
+        difference = summary["differences"]["vipo-grpo"][metric["name"]]
+        table.add_row(f"{metric['label']} ({arrow})", *map(cell, rows), cell(difference))
+    return table
+
+
+def _train(options: argparse.Namespace) -> int:
+    """Train the pipeline that CONFIG names and write a run directory: config, metrics, TensorBoard events, pictures,
+    checkpoints whose weights/ folder `diffusers` loads, and report.html."""
+    config = _load(options)
+    from .runlog import open_run
+
+    mode = "resume" if options.resume else "overwrite" if options.overwrite else "no"
+    if mode != "overwrite":  # an earlier run is removed only when everything has loaded
+        open_run(config.run.output, resume=options.resume)
+    from rich.console import Console
+
+    from .report import render_report
+    from .trainer import Trainer
+
+    console = Console()
+    trainer = Trainer(config)
+    with _progress(console) as bars:
+        task = bars.add_task("train", total=config.run.iterations, remark="")
+
+        def on_iteration(iteration: int, metrics: dict[str, Any]) -> None:
+            remark = f"reward {metrics['reward_mean']:.3f}  clipped {metrics['clip_fraction']:.0%}"
+            bars.update(task, completed=iteration, remark=remark)
+
+        trainer.run(mode=mode, on_iteration=on_iteration)
+    console.print(f"weights: {config.run.output / 'checkpoints'}", highlight=False)
+    console.print(f"report:  {render_report(config.run.output)}", highlight=False)
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    """Load everything that CONFIG names and try it on one group of two: output directory, prompts, policy, rollout,
+    exact replay, reward, map and its reach into the gradient, one whole step. Nothing is written. Exit code 2 if
+    anything is wrong."""
+    config = _load(options)
+    from rich.console import Console
+    from rich.table import Table
+
+    from .preflight import preflight
+
+    findings = preflight(config)
+    table = Table("part", "", "finding")
+    for finding in findings:
+        table.add_row(finding.name, "[green]ok[/]" if finding.ok else "[red]FAILED[/]", finding.detail)
+    Console().print(table)
+    failed = [finding.name for finding in findings if not finding.ok]
+    print("go" if not failed else f"no-go: {', '.join(failed)}")
+    return 2 if failed else 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    """Read a run directory and write its report.html: one self-contained page that opens offline."""
+    from .report import render_report
+
+    print(render_report(options.run))
+    return 0

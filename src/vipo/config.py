@@ -1,0 +1,308 @@
+"""The configuration of a run: frozen, strict, one parser for YAML files and for the command line.
+
+Every field has its meaning, unit and default here; `vipo train --help` prints them from these docstrings.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys are errors, field docstrings are their help."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
+
+
+def _clip_bounds(value: float | tuple[float, float]) -> float | tuple[float, float]:
+    low, high = value if isinstance(value, tuple) else (value, value)
+    if not (0 < low < 1 and high > 0):
+        raise ValueError("expected 0 < low < 1 and high > 0")
+    return value
+
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class ModelConfig(Section):
+    """Which pipeline is trained, and which of its weights."""
+
+    path: str = "nano"
+    """"nano" (embedded), a folder written by save_pretrained, or a hub id."""
+    train: Literal["lora", "full"] = "lora"
+    """Train a LoRA adapter, or all weights of the denoiser."""
+    lora_rank: Positive = 16
+    """Rank of the adapter."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    """Scale of the adapter: its output is multiplied by alpha / rank."""
+    lora_targets: list[str] | None = None
+    """Names of the adapted layers; null for the attention projections."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the frozen weights; trained weights are always float32."""
+    autocast: Literal["bfloat16", "float16"] | None = None
+    """Autocast around the pipeline's networks, in rollout and replay alike; null for none."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    device: str | None = None
+    """Torch device; null for cuda where there is one, else cpu."""
+
+
+class SamplingConfig(Section):
+    """How the policy samples during training."""
+
+    kernel: Literal["flow_grpo", "dance_grpo", "flow_cps", "ddim"] = "dance_grpo"
+    """Step kernel; ddim for Stable Diffusion 1.x / XL, the others for flow matching. The ViPO paper: dance_grpo."""
+    eta: Annotated[float, Field(gt=0)] = 0.5
+    """Noise scale of the kernel. The ViPO paper: 0.3 (FLUX), 0.25 (Wan)."""
+    num_inference_steps: Annotated[int, Field(ge=2)] = 8
+    """Denoising steps K; the last one is deterministic and never trained. The ViPO paper: 8 (FLUX), 16 (Wan)."""
+    guidance_scale: float | None = 1.0
+    """Passed to the pipeline's call; null for the pipeline's own default. The ViPO paper: 3.5 (FLUX), 5 (Wan)."""
+    height: Positive | None = None
+    """Pixels; null for the pipeline's default."""
+    width: Positive | None = None
+    """Pixels; null for the pipeline's default."""
+    call: dict[str, Any] = {}
+    """Further keywords of the pipeline's call."""
+    same_initial_noise: bool = True
+    """Start all samples of a group from the same noise, as the ViPO paper does."""
+    micro_batch: Positive | None = None
+    """Samples per rollout and replay call; null for all samples of an iteration at once. Lower it to save memory."""
+
+
+class PromptsConfig(Section):
+    """Which prompts, and how they form groups."""
+
+    path: str = "nano"
+    """"nano" (embedded training prompts) or a UTF-8 text file with one prompt per line."""
+    per_iteration: Positive = 4
+    """Prompts (groups) per iteration."""
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """Samples per prompt, G. The ViPO paper: 12 (FLUX), 8 (Wan)."""
+
+
+class RewardConfig(Section):
+    """What is rewarded."""
+
+    name: str = "nano"
+    """"nano" (embedded preference scorer), redness, or package.module:function."""
+    on_failure: Literal["stop", "drop"] = "stop"
+    """A reward that is NaN or infinite: stop the run, or drop the sample's whole group and count it."""
+    std: Literal["population", "sample"] = "population"
+    """Divisor of the group's standard deviation: G or G - 1."""
+    advantage_clip: Annotated[float, Field(gt=0)] | None = 5.0
+    """Bound of the group advantages, in standard deviations; null for none."""
+
+
+class MapConfig(Section):
+    """The allocation map: where the advantage goes."""
+
+    source: Literal["psm", "ones", "shuffled", "inverted", "random"] = "psm"
+    """psm (ViPO), ones (no map), or a control made from the psm map: shuffled, inverted, random."""
+    backbone: str = "nano"
+    """"nano", a folder or a hub id of a DINOv2 model."""
+    components: Positive = 3
+    """Principal components K. The ViPO paper: 3."""
+    orientation: Literal["border_energy", "border", "skewness", "energy", "centre", "library"] = "border_energy"
+    """How principal components become non-negative; library is the released code's rule."""
+    weighting: Literal["variance", "mean", "first"] = "variance"
+    """Weights of the components. The ViPO paper: variance."""
+    smoothing: Annotated[float, Field(ge=0)] = 1.0
+    """Gaussian smoothing in patches. The ViPO paper: 1."""
+    normalisation: Literal["mean", "minmax"] = "mean"
+    """mean: 1 on average per sample, which preserves the advantage's total; minmax: the released code's."""
+    floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Least weight of any position (mean normalisation)."""
+    pca_scope: Literal["sample", "frame"] = "sample"
+    """One basis per sample (clip) or per frame."""
+    image_size: Positive | None = None
+    """Pixels of the shorter side that the backbone sees; null for the frames' own size."""
+
+
+class LossConfig(Section):
+    """The objective."""
+
+    level: Literal["position", "sample"] = "position"
+    """Ratio per latent position (ViPO) or per sample (scalar GRPO)."""
+    channel_reduction: Literal["mean", "sum"] = "mean"
+    """How log-probs of a position's channels are reduced before the ratio."""
+    clip_range: Annotated[float | tuple[float, float], AfterValidator(_clip_bounds)] = 0.1
+    """Half-width of the ratio's clip range, or [low, high]; see docs/log.md for its calibration per level."""
+    kl_beta: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the KL to the reference weights; 0 for none."""
+
+
+class OptimizerConfig(Section):
+    """AdamW, and how a rollout is used."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    """The ViPO paper: 1e-5 (full weights); LoRA wants about 30 times more."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """AdamW's. The ViPO paper: 1e-4."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """The gradient is scaled down to this norm."""
+    updates_per_rollout: Positive = 1
+    """Optimizer steps per rollout: the trained steps are shuffled and split between them. 1 is on-policy."""
+    step_fraction: Fraction = 0.6
+    """Share of the stochastic steps that are trained, drawn anew per iteration. The ViPO paper: 0.6."""
+
+
+class RunConfig(Section):
+    """The run itself: where, how long, how often."""
+
+    output: Path = Path("runs/vipo")
+    """Run directory; must be new, unless --resume or --overwrite is given."""
+    iterations: Positive = 50
+    """Rollouts."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of prompts, noise and trained steps. One seed gives one result on one machine."""
+    save_every: Positive = 25
+    """Iterations between checkpoints; the last iteration is always saved."""
+    keep: Positive = 2
+    """Newest checkpoints kept."""
+    sample_every: Positive = 10
+    """Iterations between saved pictures of samples and maps."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    threads: Positive | None = None
+    """CPU threads of torch; null for torch's own choice."""
+
+
+class Config(Section):
+    """A whole run. The default is ViPO on the nano pipeline."""
+
+    model: ModelConfig = ModelConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    reward: RewardConfig = RewardConfig()
+    map: MapConfig = MapConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    run: RunConfig = RunConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        trained = self.trained_steps
+        if self.optimizer.updates_per_rollout > trained:
+            raise ValueError(
+                f"optimizer.updates_per_rollout: {self.optimizer.updates_per_rollout} updates need as many trained steps, "
+                f"but sampling.num_inference_steps and optimizer.step_fraction leave {trained}"
+            )
+        if self.sampling.kernel in ("flow_cps", "ddim") and self.sampling.eta > 1:
+            raise ValueError(f"sampling.eta: expected at most 1 for {self.sampling.kernel}, got {self.sampling.eta}")
+        return self
+
+    @property
+    def trained_steps(self) -> int:
+        """Denoising steps trained per rollout; the last step is deterministic."""
+        return max(1, round(self.optimizer.step_fraction * (self.sampling.num_inference_steps - 1)))
+
+    @property
+    def num_samples(self) -> int:
+        """N = B * G, samples per iteration."""
+        return self.prompts.per_iteration * self.prompts.group_size
+
+    @classmethod
+    def from_mapping(cls, mapping: dict[str, Any]) -> Config:
+        """Build a config from nested dicts.
+
+        Raises:
+            ValueError: one line per problem: the key, what was expected, what was got, and the nearest right key.
+        """
+        try:
+            return cls.model_validate(mapping)
+        except ValidationError as error:
+            raise ValueError("\n".join(dict.fromkeys(_describe(e) for e in error.errors()))) from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
+        """Read a YAML file, then apply overrides like "--loss.level=sample".
+
+        Raises:
+            ValueError: the file is missing, is not UTF-8 or not YAML, or a value is wrong.
+        """
+        mapping = read_yaml(Path(path))
+        for override in overrides:
+            key, separator, text = override.removeprefix("--").partition("=")
+            parts = key.split(".")
+            if not override.startswith("--") or not separator or len(parts) < 2:
+                raise ValueError(f"{override}: expected --section.key=value, e.g. --prompts.group_size=4")
+            target = mapping
+            for part in parts[:-1]:
+                target = target.setdefault(part, {})
+                if not isinstance(target, dict):
+                    raise ValueError(f"{key}: {part} is not a section")
+            try:
+                target[parts[-1]] = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise ValueError(f"{key}: not a YAML value: {text}") from error
+        return cls.from_mapping(mapping)
+
+    def to_yaml(self) -> str:
+        """The resolved config, every key written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping; ValueError says what is wrong with the file."""
+    try:
+        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"config: no such file: {path}") from None
+    except IsADirectoryError:
+        raise ValueError(f"config: {path} is a folder, expected a YAML file") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"config: {path} is not UTF-8: {error.reason} at byte {error.start}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
+    if mapping is None:
+        return {}
+    if not isinstance(mapping, dict):
+        raise ValueError(f"config: {path}: expected sections (model:, prompts:, ...), got {type(mapping).__name__}")
+    return {key: {} if value is None else value for key, value in mapping.items()}
+
+
+def _describe(error: Any) -> str:
+    """One line for one pydantic error."""
+    location = [str(part) for part in error["loc"]]
+    while len(location) > 2:  # unions and lists add their own parts; the key is section.name
+        location.pop()
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_suggest(location)}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    return message if not key else f"{key}: {message.replace('input should be', 'expected')}, got {error['input']!r}"
+
+
+def _suggest(location: list[str]) -> str:
+    """Name the nearest right key, wherever it is."""
+    keys = [key for key, _, _ in fields()]
+    sections = list(Config.model_fields)
+    if len(location) == 1:
+        near = [key for key in keys if key.split(".")[1] == location[0]]
+        near = near or difflib.get_close_matches(location[0], sections, 1, 0.5)
+        return f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(sections)}"
+    same = [key for key in keys if key.split(".")[1] == location[1]]
+    near = difflib.get_close_matches(location[1], [k.split(".")[1] for k in keys if k.startswith(location[0] + ".")], 1, 0.5)
+    if near:
+        return f"; did you mean {location[0]}.{near[0]}?"
+    return f"; did you mean {same[0]}?" if same else f"; see vipo train --help for the keys of {location[0]}"
+
+
+def fields() -> Iterator[tuple[str, str, str]]:
+    """Every key of a config as (section.key, default, help)."""
+    for section, field in Config.model_fields.items():
+        default = field.default
+        for name, entry in type(default).model_fields.items():
+            value = yaml.safe_dump(default.model_dump(mode="json")[name], default_flow_style=True).strip().removesuffix("...")
+            yield f"{section}.{name}", value.strip(), str(entry.description)

@@ -1,0 +1,207 @@
+"""The nano preference scorer: a small CLIPModel trained on pairs, as PickScore is.
+
+In each pair the first picture suits the prompt better. The worse one has a local defect of any strength, a wrong
+word, an off-world artefact (noise, blur, colour cast, stripes, bleached or saturated colours), or was made by a younger or
+hastier generator. All pictures may have gone through the generator's VAE, so that its traces do not tell.
+A scorer trained on one kind of fault only is soon exploited by the policy.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusion3Pipeline
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
+
+from ..rewards.preference import ClipPreference
+from . import assets_path, world
+from .pretrain import batches, fit, parameter_count, to_unit, write_card
+from .pretrain_t2i import CALL, TOKENS, build_tokenizer
+
+log = logging.getLogger("vipo.nano.pretrain")
+KINDS = ("defect", "wrong_word", "artefact", "generated")
+MEAN, STD = (0.5,) * 3, (0.25,) * 3
+
+
+def build_scorer() -> ClipPreference:
+    tokenizer = build_tokenizer()
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=112,
+        intermediate_size=224,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=world.SIZE,
+        patch_size=8,
+    )
+    config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64)
+    return ClipPreference(CLIPModel(config), tokenizer, MEAN, STD)
+
+
+def change_word(scenes: Tensor, generator: torch.Generator) -> Tensor:
+    """Change one attribute of every scene; subject words are changed more often than background words."""
+    odds = torch.tensor([2.0, 3.0, 3.0, 2.0, 1.0, 2.0, 1.0])
+    column = torch.multinomial(odds, len(scenes), replacement=True, generator=generator)
+    rows = torch.arange(len(scenes))
+    options = torch.tensor([len(words) for words in world.ATTRIBUTES.values()])[column]
+    shift = 1 + (torch.rand(len(scenes), generator=generator) * (options - 1)).long().minimum(options - 2)
+    changed = scenes.clone()
+    changed[rows, column] = (changed[rows, column] + shift) % options
+    return changed
+
+
+def spoil(images: Tensor) -> Tensor:
+    """Give each picture one off-world artefact of random strength."""
+    count = len(images)
+    strength = 0.25 + 0.75 * torch.rand(count, 1, 1, 1)
+    noise = 0.25 * torch.randn_like(images)
+    fine = F.interpolate(torch.randn(count, 3, 16, 16), world.SIZE, mode="bicubic") * 0.25
+    cast = 0.4 * (torch.rand(count, 3, 1, 1) - 0.5)
+    axis = torch.arange(world.SIZE)
+    period = torch.randint(2, 9, (count, 1, 1, 1))
+    grid = 0.3 * (((axis[:, None] // period + axis // period) % 2).float() - 0.5)
+    grey = images.mean(1, keepdim=True)
+    options = torch.stack(
+        [
+            images + noise,
+            images + fine,
+            world.blur(images, 4),
+            images + cast,
+            images + grid,
+            grey + (images - grey) * 0.2,
+            grey + (images - grey) * 2.2,
+            0.5 + (images - 0.5) * 2.0,
+        ]
+    )
+    chosen = options[torch.randint(0, len(options), (count,)), torch.arange(count)]
+    return (images + strength * (chosen - images)).clamp(0, 1)
+
+
+def render_pairs(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Render better pictures, the same with a defect of random strength, and with a changed word: uint8; and scenes."""
+    generator = torch.Generator().manual_seed(seed)
+    parts: list[tuple[Tensor, ...]] = []
+    for start in range(0, count, 512):
+        scenes = world.sample_scenes(min(512, count - start), generator)
+        pose = seed * 7919 + start
+        defects = torch.randint(1, len(world.DEFECTS), (len(scenes),), generator=generator)
+        clean = world.render(scenes, torch.Generator().manual_seed(pose)).images
+        faulty = world.render(scenes, torch.Generator().manual_seed(pose), defects).images
+        strength = (0.3 + 0.7 * torch.rand(len(scenes), 1, 1, 1, generator=generator)).clamp(max=1)
+        wrong = world.render(change_word(scenes, generator), torch.Generator().manual_seed(pose)).images
+        parts.append((to_bytes(clean), to_bytes(clean + strength * (faulty - clean)), to_bytes(wrong), scenes))
+    clean, faulty, wrong, scenes = (torch.cat(column) for column in zip(*parts, strict=True))
+    return clean, faulty, wrong, scenes
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+@torch.no_grad()
+def through_vae(images: Tensor, pipeline: StableDiffusion3Pipeline) -> Tensor:
+    """Encode and decode uint8 pictures in chunks."""
+    vae = pipeline.vae.eval()
+    done = [vae.decode(vae.encode(to_unit(x) * 2 - 1).latent_dist.mode()).sample / 2 + 0.5 for x in images.split(256)]
+    return to_bytes(torch.cat(done))
+
+
+@torch.no_grad()
+def generate(pipeline: StableDiffusion3Pipeline, prompts: list[str], steps: int, seed: int) -> Tensor:
+    """Sample pictures, uint8, in chunks."""
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    done = [
+        pipeline(
+            prompts[i : i + 128],
+            guidance_scale=1.0,
+            num_inference_steps=steps,
+            generator=generator,
+            output_type="pt",
+            **CALL,
+        ).images
+        for i in range(0, len(prompts), 128)
+    ]
+    return to_bytes(torch.cat(done))
+
+
+def train(output: Path, *, steps: int = 5000, pool: int = 12288, seed: int = 0, generator: Path | None = None) -> None:
+    """Train the scorer against samples of `generator`'s checkpoints (default: the embedded pipeline)."""
+    folder = generator or assets_path("t2i")
+    checkpoints = sorted((folder / "steps").glob("*")) or [folder]
+    pipelines = [StableDiffusion3Pipeline.from_pretrained(path) for path in {checkpoints[0], checkpoints[-1]}]
+    scorer = build_scorer()
+    scorer.model.requires_grad_(True)
+    log.info("scorer: %d parameters; generators %s", parameter_count(scorer), [p.name for p in checkpoints])
+    clean, faulty, wrong, scenes = render_pairs(pool, seed + 5)
+    prompts = world.describe(scenes)
+    generated = torch.cat([generate(pipelines[i % 2 if len(pipelines) > 1 else 0], part, 4 + 4 * (i % 3), seed + i) for i, part in enumerate([prompts[j : j + 512] for j in range(0, pool, 512)])])
+    decoded = through_vae(clean, pipelines[0])
+    faulty_decoded = through_vae(faulty, pipelines[0])
+    held = 512
+    picks = batches(pool - held, 32, torch.Generator().manual_seed(seed))
+
+    def pairs(rows: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
+        traced = torch.rand(len(rows)) < 0.6
+        better = torch.where(traced[:, None, None, None], decoded[rows], clean[rows])
+        defect = torch.where(traced[:, None, None, None], faulty_decoded[rows], faulty[rows])
+        worse = torch.stack([defect, wrong[rows], better, generated[rows]])[kind, torch.arange(len(rows))]
+        better, worse = to_unit(better), to_unit(worse)
+        worse = torch.where((kind == 2)[:, None, None, None], spoil(worse), worse)
+        grain = 0.04 * torch.rand(len(rows), 1, 1, 1)
+        return (better + grain * torch.randn_like(better)).clamp(0, 1), (
+            worse + grain * torch.randn_like(worse)
+        ).clamp(0, 1)
+
+    def loss_at(step: int) -> Tensor:
+        rows = next(picks)
+        kind = torch.multinomial(torch.tensor([0.4, 0.3, 0.15, 0.15]), len(rows), replacement=True)
+        better, worse = pairs(rows, kind)
+        words = [prompts[row] for row in rows.tolist()]
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = scorer(torch.cat([better, worse])[:, None], words + words).float()
+        first, second = scores.chunk(2)
+        return F.softplus(second - first).mean() + 1e-3 * scores.square().mean()
+
+    facts = fit([scorer.model], loss_at, steps=steps, learning_rate=1e-3, weight_decay=0.05, average=0.999)
+    scorer.model.eval()
+    accuracy = {}
+    with torch.no_grad():
+        rows = torch.arange(pool - held, pool)
+        words = [prompts[row] for row in rows.tolist()]
+        for index, name in enumerate(KINDS):
+            better, worse = pairs(rows, torch.full((held,), index))
+            won = scorer(better[:, None], words) > scorer(worse[:, None], words)
+            accuracy[f"held_out_{name}_accuracy"] = round(won.float().mean().item(), 4)
+    scorer.model.save_pretrained(output)
+    scorer.tokenizer.save_pretrained(output)
+    preprocessor = {"image_mean": list(MEAN), "image_std": list(STD), "size": {"height": world.SIZE, "width": world.SIZE}}
+    (output / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1) + "\n")
+    write_card(
+        output,
+        "Nano preference scorer",
+        {
+            "class": "transformers CLIPModel; score = exp(logit_scale) * cosine, as PickScore",
+            "parameters": parameter_count(scorer),
+            "data": f"{pool} procedural pictures in pairs: defects, wrong words, artefacts, generated; batch 32 pairs",
+            "objective": "logistic loss on the difference of scores",
+            **accuracy,
+            **facts,
+        },
+    )
+    log.info("scorer: %s", accuracy)

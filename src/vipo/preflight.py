@@ -1,0 +1,152 @@
+"""`vipo check`: everything that can go wrong in a run, tried in seconds on one small group, before the run."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .advantages import pixel_advantages
+from .config import Config
+from .losses import policy_loss
+from .policy import DiffusersPolicy
+from .psm import map_statistics
+from .rewards import score
+from .runlog import open_run
+from .trainer import Trainer
+from .types import Trajectory
+
+DRIFT = 1e-3
+"""Largest difference of a replayed log-prob, in nats per element, that still counts as exact in reduced precision."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the preflight."""
+
+    name: str
+    ok: bool
+    detail: str
+
+
+def preflight(config: Config) -> list[Finding]:
+    """Try every part of a run on one group of two samples.
+
+    Args:
+        config: the run.
+
+    Returns:
+        Findings in the order of the work; a run should start only if all are ok.
+
+    Raises:
+        ValueError: a part cannot even be loaded.
+    """
+    small = config.model_dump()
+    small["prompts"].update(per_iteration=1, group_size=2)
+    findings = [_output(config)]
+    trainer = Trainer(Config.model_validate(small))
+    policy, prompts = trainer.policy, trainer.prompts
+    findings.append(Finding("prompts", True, f"{len(prompts)} prompts in {config.prompts.path}"))
+    count = sum(p.numel() for p in trainer.parameters)
+    findings.append(
+        Finding(
+            "policy",
+            count > 0,
+            f"{type(policy.pipeline).__name__}, {count:,} trained parameters of its {policy.denoiser_name}, on {policy.device}",
+        )
+    )
+    pair = [prompts[0]] * 2
+    call = {
+        key: value for key in ("guidance_scale", "height", "width") if (value := getattr(config.sampling, key)) is not None
+    }
+    started = time.perf_counter()
+    traj = policy.rollout(
+        pair, seeds=[1, 2], num_inference_steps=config.sampling.num_inference_steps, **call, **config.sampling.call
+    )
+    rollout = time.perf_counter() - started
+    c, t, h, w = traj.latent_shape
+    findings.append(Finding("rollout", True, f"{rollout / 2:.2f} s per sample; latents C={c} T={t} H={h} W={w}"))
+    findings.append(_replay(policy, traj))
+    frames = policy.decode(traj)
+    rewards = score(trainer.reward, frames, pair)
+    finite = bool(torch.isfinite(rewards).all())
+    findings.append(Finding("reward", finite, f"{config.reward.name}: {', '.join(f'{r:.3f}' for r in rewards.tolist())}"))
+    findings.append(_map(trainer, frames, traj))
+    started = time.perf_counter()
+    trainer.step(0)
+    seconds = (time.perf_counter() - started) * config.num_samples / 2
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024)
+    memory = f"peak memory {peak:,.0f} MiB"
+    if policy.device.type == "cuda":
+        memory = f"peak device memory {torch.cuda.max_memory_allocated(policy.device) / 2**20:,.0f} MiB with 2 samples"
+    findings.append(
+        Finding(
+            "one step",
+            True,
+            f"about {seconds:.1f} s per iteration of {config.num_samples} samples, "
+            f"{seconds * config.run.iterations / 60:.0f} min for {config.run.iterations}; {memory}",
+        )
+    )
+    return findings
+
+
+def _output(config: Config) -> Finding:
+    try:
+        open_run(Path(config.run.output))
+    except ValueError as error:
+        return Finding("output", False, str(error))
+    return Finding("output", True, f"{config.run.output} is free")
+
+
+def _replay(policy: DiffusersPolicy, traj: Trajectory) -> Finding:
+    """Replay every stochastic step under the same weights: the log-probs must be the rollout's."""
+    drift: list[Tensor] = []
+    with torch.no_grad():
+        policy.replay(traj, on_step=lambda k, new, old: drift.append((new - old).abs().max()))
+    largest = float(torch.stack(drift).max())
+    return Finding("replay", largest <= DRIFT, f"log-probs differ from the rollout's by at most {largest:.2g} nats")
+
+
+def _map(trainer: Trainer, frames: Tensor, traj: Trajectory) -> Finding:
+    """Two maps with one mean must give different gradients, or the map has no effect."""
+    maps = trainer._maps(frames, traj.latent_shape[1:], 0)
+    entropy = float(map_statistics(maps)["entropy"])
+    gradients = [_gradient(trainer, traj, m) for m in (maps, maps.flip(-1).flip(-2))]
+    change = float((gradients[0] - gradients[1]).norm() / gradients[0].norm().clamp_min(1e-30))
+    source, level = trainer.config.map.source, trainer.config.loss.level
+    detail = f"{source}: entropy {entropy:.2f} of 1; turning it upside down changes the gradient by {change:.0%} (level {level})"
+    if source == "ones":
+        return Finding("map", True, "none (map.source = ones): every position is pushed alike")
+    if level == "sample":
+        return Finding("map", False, f"{detail}: at level sample a map acts through its mean only; set loss.level=position")
+    return Finding("map", change > 1e-3, detail)
+
+
+def _gradient(trainer: Trainer, traj: Trajectory, maps: Tensor) -> Tensor:
+    """Gradient of the loss for one step, with advantages +1 and -1."""
+    advantages = pixel_advantages(torch.tensor([1.0, -1.0], device=maps.device), maps)
+    settings = trainer.config.loss
+    for p in trainer.parameters:
+        p.grad = None
+
+    def on_step(k: int, log_probs: Tensor, old_log_probs: Tensor) -> None:
+        loss, _ = policy_loss(
+            log_probs,
+            old_log_probs,
+            advantages,
+            clip_range=settings.clip_range,
+            level=settings.level,
+            channel_reduction=settings.channel_reduction,
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    trainer.policy.replay(traj, steps=traj.stochastic_steps[:1], on_step=on_step)
+    gradient = torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None])
+    for p in trainer.parameters:
+        p.grad = None
+    return gradient

@@ -1,0 +1,140 @@
+"""The run directory: config.yaml, metrics.jsonl, TensorBoard events, pictures of samples and maps, summary.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.tensorboard.writer import SummaryWriter
+
+CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+_TURBO = torch.tensor([[0.19, 0.07, 0.23], [0.16, 0.74, 0.92], [0.64, 0.99, 0.24], [0.98, 0.53, 0.13], [0.48, 0.02, 0.01]])
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old or the new one, never a part."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    partial.replace(path)
+
+
+def open_run(folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Make sure that a run may be written to `folder`; nothing is removed unless `overwrite` is given.
+
+    Raises:
+        ValueError: the folder holds a run already, holds something else, or holds no run to resume.
+    """
+    holds_run = (folder / CONFIG).is_file()
+    if folder.is_file():
+        raise ValueError(f"run.output: {folder} is a file, expected a folder")
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite: give one of them")
+    if resume and not holds_run:
+        raise ValueError(f"--resume: {folder} holds no run (no {CONFIG})")
+    if holds_run and not (resume or overwrite):
+        raise ValueError(f"run.output: {folder} already holds a run; give --resume, --overwrite or another --run.output")
+    if folder.is_dir() and not holds_run and any(folder.iterdir()):
+        raise ValueError(f"run.output: {folder} is not empty and holds no run; give another --run.output")
+    if holds_run and overwrite:
+        shutil.rmtree(folder)
+
+
+class RunLog:
+    """Writes one run directory.
+
+    Args:
+        folder: the run directory, made if missing.
+        config: resolved config as YAML text.
+        keep_until: when resuming, the last iteration to keep in the metrics; later lines are redone.
+        tensorboard: write TensorBoard events.
+    """
+
+    def __init__(self, folder: Path, config: str, *, keep_until: int = 0, tensorboard: bool = True) -> None:
+        self.folder = folder
+        for name in ("samples", "maps", "checkpoints"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / CONFIG, config)
+        kept = [line for line in read_metrics(folder) if line["iteration"] <= keep_until]
+        write_atomically(folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+        self._metrics = (folder / METRICS).open("a", encoding="utf-8")
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=keep_until + 1) if tensorboard else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._metrics.close()
+        if self._events is not None:
+            self._events.close()
+
+    def metrics(self, iteration: int, values: dict[str, Any]) -> None:
+        """Append one iteration's numbers."""
+        self._metrics.write(json.dumps({"iteration": iteration, **values}) + "\n")
+        self._metrics.flush()
+        if self._events is not None:
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._events.add_scalar(name, value, iteration)
+
+    def pictures(self, iteration: int, frames: Tensor, maps: Tensor) -> None:
+        """Save a contact sheet of samples and one with the maps laid over them."""
+        name = f"iteration_{iteration:06d}.png"
+        still = frames[:, 0]
+        sheet(still).save(self.folder / "samples" / name)
+        sheet(overlay(still, maps[:, 0])).save(self.folder / "maps" / name)
+        if self._events is not None:
+            self._events.add_image("samples", np.asarray(sheet(still)), iteration, dataformats="HWC")
+
+
+
+def write_summary(folder: Path, values: dict[str, Any]) -> None:
+    """Write summary.json."""
+    write_atomically(folder / SUMMARY, json.dumps(values, indent=1) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl; a truncated last line, as a killed run leaves it, is dropped."""
+    file = folder / METRICS
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def overlay(images: Tensor, maps: Tensor, strength: float = 0.55) -> Tensor:
+    """Lay maps (n, H, W) >= 0 over images (n, 3, Y, X) in [0, 1]: blue is little, red is much, each map to its own maximum."""
+    large = F.interpolate(maps[:, None].float().cpu(), images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+    place = (large / large.amax((1, 2), keepdim=True).clamp_min(1e-12)).clamp(0, 1) * (len(_TURBO) - 1)
+    low = place.floor().long().clamp(max=len(_TURBO) - 2)
+    share = (place - low)[..., None]
+    colours = (1 - share) * _TURBO[low] + share * _TURBO[low + 1]
+    return (1 - strength) * images.float().cpu() + strength * colours.movedim(-1, 1)
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """One picture (3, Y, X) in [0, 1] as a PIL image."""
+    return Image.fromarray((picture.float().clamp(0, 1).cpu() * 255).round().to(torch.uint8).movedim(0, -1).numpy())
+
+
+def sheet(images: Tensor, columns: int = 8, limit: int = 32) -> Image.Image:
+    """Arrange up to `limit` images (n, 3, Y, X) in rows, two pixels apart."""
+    images = images[:limit].float().cpu()
+    rows = -(-len(images) // columns)
+    canvas = torch.ones(rows * columns, 3, images.shape[2] + 2, images.shape[3] + 2)
+    canvas[: len(images), :, :-2, :-2] = images
+    grid = canvas.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+    return to_image(grid)

@@ -1,0 +1,217 @@
+"""The step kernels as two `diffusers` schedulers. They are the only stochastic part of a policy.
+
+A scheduler is put into an unmodified pipeline. At every step it computes the step's Gaussian from the model output
+and hands it to its `transition`, which either draws and records the next latents (`Recording`: rollout) or returns the
+recorded ones and scores them (`Scoring`: replay). One `step` serves both, so sampling and training cannot drift apart.
+The last step is always deterministic: its noise would reach the image but no later denoising.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.schedulers.scheduling_ddim import DDIMSchedulerOutput
+from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteSchedulerOutput
+from torch import Tensor
+
+from .kernels import FLOW_KERNELS, Gaussian, ddim, gaussian_log_prob
+from .types import StepRecord
+
+_STEP_SEED = 0x5EED
+"""Offset between a sample's initial-noise seed and its step-noise seed, so that the two streams differ."""
+
+
+class Transition(Protocol):
+    """What a scheduler does with a step's Gaussian.
+
+    Attributes:
+        order: steps to run, ascending; None for all.
+    """
+
+    order: Sequence[int] | None
+
+    def __call__(self, k: int, step: Gaussian, latents: Tensor) -> Tensor:
+        """Return x_{k+1} in the dtype of `latents`: what the denoiser will see."""
+
+
+class Recording:
+    """Draw x_{k+1} with one generator per sample, and record the step with the log-prob of that very value."""
+
+    order: Sequence[int] | None = None
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(seed ^ (_STEP_SEED << 20)) for seed in seeds]
+        self.records: list[StepRecord] = []
+
+    def __call__(self, k: int, step: Gaussian, latents: Tensor) -> Tensor:
+        if len(latents) != len(self.generators):
+            raise ValueError(f"latents: expected {len(self.generators)} samples, one per seed, got {len(latents)}")
+        log_probs = None
+        following = step.mean
+        if step.std > 0:
+            noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in self.generators])
+            following = step.mean + step.std * noise.to(latents.device)
+        following = following.to(latents.dtype)
+        if step.std > 0:
+            log_probs = gaussian_log_prob(following, step)
+        self.records.append(StepRecord(latents, following, log_probs))
+        return following
+
+
+class Scoring:
+    """Return the recorded x_{k+1} and hand the step's Gaussian, with its graph, to `on_step`."""
+
+    def __init__(
+        self, records: list[StepRecord], order: Sequence[int], on_step: Callable[[int, Gaussian], None]
+    ) -> None:
+        self.records, self.order, self.on_step = records, order, on_step
+
+    def __call__(self, k: int, step: Gaussian, latents: Tensor) -> Tensor:
+        self.on_step(k, step)
+        later = [i for i in self.order if i > k]
+        return self.records[later[0]].latents if later else self.records[k].next_latents
+
+
+@dataclass(frozen=True)
+class SamplerSettings:
+    """How steps are made stochastic.
+
+    Attributes:
+        kernel: flow_grpo, dance_grpo or flow_cps for flow matching; ddim for epsilon- and v-prediction.
+        eta: noise scale; 0 is the deterministic sampler.
+        stochastic_steps: steps with noise (MixGRPO's window); None for all. The last step never has any.
+    """
+
+    kernel: str
+    eta: float
+    stochastic_steps: tuple[int, ...] | None = None
+
+    def eta_at(self, k: int, num_steps: int) -> float:
+        chosen = self.stochastic_steps is None or k in self.stochastic_steps
+        return self.eta if chosen and k < num_steps - 1 else 0.0
+
+
+class FlowStochasticScheduler(FlowMatchEulerDiscreteScheduler):
+    """Flow-matching scheduler with a stochastic step; the schedule of sigmas is the parent's."""
+
+    settings: SamplerSettings
+    transition: Transition
+
+    @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)  # pipelines inspect this signature for `sigmas`
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        super().set_timesteps(*args, **kwargs)
+        self._levels = self.sigmas.tolist()  # once per call, so that no step waits for the device
+        self._pending = _cut_timesteps(self)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        per_token_timesteps: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> FlowMatchEulerDiscreteSchedulerOutput | tuple[Tensor]:
+        """Take one step of the kernel in float32; see the parent for the arguments."""
+        if per_token_timesteps is not None:
+            raise ValueError("per_token_timesteps: this pipeline gives every token its own noise level; not supported")
+        k = next(self._pending)
+        gaussian = FLOW_KERNELS[self.settings.kernel](
+            sample.float(),
+            model_output.float(),
+            sigma=self._levels[k],
+            sigma_next=self._levels[k + 1],
+            eta=self.settings.eta_at(k, len(self._levels) - 1),
+            sigma_max=self._levels[1],
+        )
+        following = self.transition(k, gaussian, sample)
+        return FlowMatchEulerDiscreteSchedulerOutput(following) if return_dict else (following,)
+
+
+class DDIMStochasticScheduler(DDIMScheduler):
+    """DDIM scheduler with eta of its own; the schedule of alphas is the parent's."""
+
+    settings: SamplerSettings
+    transition: Transition
+
+    @functools.wraps(DDIMScheduler.set_timesteps)
+    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
+        super().set_timesteps(*args, **kwargs)
+        stride = self.config.num_train_timesteps // self.num_inference_steps
+        alphas, final = self.alphas_cumprod.tolist(), float(self.final_alpha_cumprod)
+        times = self.timesteps.tolist()
+        self._levels = [(alphas[t], alphas[t - stride] if t >= stride else final) for t in times]
+        self._pending = _cut_timesteps(self)
+
+    def step(
+        self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
+    ) -> DDIMSchedulerOutput | tuple[Tensor]:
+        """Take one DDIM(eta) step in float32; see the parent for the arguments."""
+        k = next(self._pending)
+        alpha, alpha_next = self._levels[k]
+        gaussian = ddim(
+            sample.float(),
+            model_output.float(),
+            alpha=alpha,
+            alpha_next=alpha_next,
+            eta=self.settings.eta_at(k, len(self._levels)),
+            prediction_type=self.config.prediction_type,
+            clip_sample_range=self.config.clip_sample_range if self.config.clip_sample else None,
+        )
+        following = self.transition(k, gaussian, sample)
+        return DDIMSchedulerOutput(following) if return_dict else (following,)
+
+
+def _cut_timesteps(scheduler: Any) -> Iterator[int]:
+    """Leave only the timesteps of the transition's order in the scheduler; return the step numbers to come."""
+    order = scheduler.transition.order
+    order = list(range(len(scheduler.timesteps))) if order is None else list(order)
+    scheduler.timesteps = scheduler.timesteps[order]
+    return iter(order)
+
+
+StochasticScheduler = FlowStochasticScheduler | DDIMStochasticScheduler
+
+
+def is_flow(scheduler: Any) -> bool:
+    """Whether a pipeline's scheduler integrates a flow (velocity prediction) rather than a diffusion."""
+    config = scheduler.config
+    return (
+        isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+        or "FlowMatch" in type(scheduler).__name__
+        or config.get("prediction_type") == "flow_prediction"
+        or bool(config.get("use_flow_sigmas"))
+    )
+
+
+def stochastic_scheduler(original: Any, settings: SamplerSettings) -> StochasticScheduler:
+    """Make our scheduler from a pipeline's own, keeping its schedule.
+
+    Raises:
+        ValueError: the kernel does not fit the pipeline, or the pipeline's schedule has no Gaussian step.
+    """
+    name = type(original).__name__
+    flow_kernels = ", ".join(FLOW_KERNELS)
+    if is_flow(original):
+        if settings.kernel not in FLOW_KERNELS:
+            raise ValueError(f"kernel: {name} is a flow scheduler; expected one of {flow_kernels}, got {settings.kernel!r}")
+        config = dict(original.config)
+        if "flow_shift" in config:  # UniPC and DPM-Solver folders (Wan, Sana) name the shift differently
+            config["shift"] = config["flow_shift"]
+        config["stochastic_sampling"] = False
+        made: StochasticScheduler = FlowStochasticScheduler.from_config(config)
+    elif "beta_schedule" in original.config:
+        if settings.kernel != "ddim":
+            raise ValueError(f"kernel: {name} is a diffusion scheduler; expected ddim, got {settings.kernel!r}")
+        config = {"clip_sample": False, **original.config}
+        if config.get("thresholding"):
+            raise ValueError(f"scheduler: {name} uses dynamic thresholding, whose steps are not Gaussian; not supported")
+        made = DDIMStochasticScheduler.from_config(config)
+    else:
+        raise ValueError(f"scheduler: cannot drive {name}; expected a flow-matching or a beta-schedule scheduler")
+    made.settings = settings
+    return made

@@ -1,0 +1,325 @@
+"""The training loop: the only file that changes weights. Read `Trainer.step` first; it is the whole algorithm."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import diffusers
+import torch
+import transformers
+from peft import LoraConfig
+from torch import Tensor
+
+from . import __version__
+from .advantages import constant_groups, group_advantages, pixel_advantages
+from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from .config import Config
+from .losses import LossStats, policy_loss
+from .policy import LORA_TARGETS, DiffusersPolicy
+from .prompts import prompt_batch, read_prompts
+from .psm import PerceptualStructuring, control_maps, map_statistics
+from .rewards import Reward, load_reward, score
+from .runlog import RunLog, open_run, write_summary
+from .types import PromptBatch, Trajectory, require_finite
+
+log = logging.getLogger(__name__)
+Resume = Literal["no", "resume", "overwrite"]
+
+
+class Trainer:
+    """Post-train a policy with group-relative rewards spread by an allocation map.
+
+    Args:
+        config: the run.
+        policy: default: made from `config.model` and `config.sampling`.
+        psm: frames -> maps; default: made from `config.map`.
+        reward: default: `config.reward.name`.
+
+    Raises:
+        ValueError: anything in the config that cannot work, before anything is written.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        policy: DiffusersPolicy | None = None,
+        psm: PerceptualStructuring | None = None,
+        reward: Reward | None = None,
+    ) -> None:
+        self.config = config
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        self.prompts = read_prompts(config.prompts.path)
+        torch.manual_seed(config.run.seed)  # the adapter's initial weights
+        self.policy = policy or make_policy(config)
+        self.reward = reward or load_reward(config.reward.name, self.policy.device)
+        self.psm = psm or (make_psm(config, self.policy.device) if config.map.source != "ones" else None)
+        if config.model.gradient_checkpointing:
+            self.policy.enable_gradient_checkpointing()
+        self.parameters = list(self.policy.trainable_parameters().values())
+        if config.loss.kl_beta > 0:
+            self.policy.keep_reference()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay
+        )
+        self.iteration = 0
+        self.frames = self.maps = torch.empty(0)
+
+    def run(self, *, mode: Resume = "no", on_iteration: Callable[[int, dict[str, Any]], None] | None = None) -> None:
+        """Train to the configured number of iterations, writing the run directory.
+
+        Args:
+            mode: "no" needs a new directory; "resume" continues its newest checkpoint; "overwrite" starts again.
+            on_iteration: called after each iteration with its 1-based number and metrics (a progress bar).
+        """
+        run = self.config.run
+        open_run(run.output, resume=mode == "resume", overwrite=mode == "overwrite")
+        checkpoints = run.output / "checkpoints"
+        if mode == "resume" and list_checkpoints(checkpoints):
+            self.iteration = load_checkpoint(list_checkpoints(checkpoints)[-1], self.policy, self.optimizer)
+        started = time.perf_counter()
+        with RunLog(run.output, self.config.to_yaml(), keep_until=self.iteration, tensorboard=run.tensorboard) as files:
+            while self.iteration < run.iterations:
+                metrics = self.step(self.iteration)
+                self.iteration += 1
+                files.metrics(self.iteration, metrics)
+                last = self.iteration == run.iterations
+                if self.iteration == 1 or last or self.iteration % run.sample_every == 0:
+                    files.pictures(self.iteration, self.frames, self.maps)
+                if last or self.iteration % run.save_every == 0:
+                    save_checkpoint(checkpoints, self.iteration, self.policy, self.optimizer, keep=run.keep)
+                if on_iteration:
+                    on_iteration(self.iteration, metrics)
+            seconds = round(time.perf_counter() - started, 2)
+        summary = {"kind": "train", "state": "finished", "iterations": self.iteration, "seconds": seconds}
+        write_summary(run.output, {**summary, **versions()})
+
+    def step(self, iteration: int) -> dict[str, Any]:
+        """One iteration: sample groups, score them, spread their advantages over the latent grid, update.
+
+        Invariants: old log-probs are those of the weights that sampled; a position's advantage is its group's
+        advantage times its map; nothing non-finite reaches the optimizer.
+        """
+        config = self.config
+        clock = _Clock(self.policy.device)
+        batch = prompt_batch(
+            self.prompts,
+            iteration,
+            per_iteration=config.prompts.per_iteration,
+            group_size=config.prompts.group_size,
+            seed=config.run.seed,
+            same_initial_noise=config.sampling.same_initial_noise,
+        )
+        with clock("rollout"):
+            trajectories = self._rollout(batch)
+            frames = torch.cat([self.policy.decode(traj) for traj in trajectories])
+        with clock("reward"):
+            rewards, kept = self._score(frames, batch)
+        with clock("map"):
+            maps = self._maps(frames, trajectories[0].latent_shape[1:], iteration)
+        advantages = torch.zeros_like(rewards)
+        advantages[kept] = group_advantages(
+            rewards[kept], batch.group_size, std=config.reward.std, clip=config.reward.advantage_clip
+        )
+        with clock("update"):
+            losses = self._update(trajectories, pixel_advantages(advantages, maps), iteration)
+        self.frames, self.maps = frames, maps
+        grouped = rewards[kept].view(-1, batch.group_size)
+        metrics = {
+            "reward_mean": grouped.mean(),
+            "reward_std": grouped.std(correction=0),
+            "group_std": grouped.std(1, correction=0).mean(),
+            "constant_groups": constant_groups(rewards[kept], batch.group_size),
+            "dropped_groups": (~kept).sum() // batch.group_size,
+            "advantage_abs": advantages.abs().mean(),
+            **losses,
+            **{f"map_{name}": value for name, value in map_statistics(maps).items()},
+        }
+        return {**{name: float(value) for name, value in metrics.items()}, **clock.seconds()}
+
+    def _rollout(self, batch: PromptBatch) -> list[Trajectory]:
+        sampling = self.config.sampling
+        call = dict(sampling.call)
+        for key in ("guidance_scale", "height", "width"):
+            if getattr(sampling, key) is not None:
+                call[key] = getattr(sampling, key)
+        size = sampling.micro_batch or len(batch.prompts)
+        return [
+            self.policy.rollout(
+                batch.prompts[i : i + size],
+                seeds=batch.seeds[i : i + size],
+                initial_seeds=batch.initial_seeds[i : i + size],
+                num_inference_steps=sampling.num_inference_steps,
+                **call,
+            )
+            for i in range(0, len(batch.prompts), size)
+        ]
+
+    def _score(self, frames: Tensor, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+        """Return rewards (N,) and which samples are kept (N,): all, unless a group had a bad reward and is dropped."""
+        rewards = score(self.reward, frames, batch.prompts)
+        bad = ~torch.isfinite(rewards)
+        if bool(bad.any()):
+            first = int(bad.nonzero()[0])
+            message = (
+                f"reward {self.config.reward.name!r} returned {rewards[first].item()} for sample {first} of {len(rewards)}, "
+                f"prompt {batch.prompts[first]!r}"
+            )
+            if self.config.reward.on_failure == "stop":
+                raise FloatingPointError(f"{message}; set reward.on_failure=drop to drop such groups and go on")
+            log.warning("%s: its group is dropped", message)
+        kept = ~bad.view(-1, batch.group_size).any(1).repeat_interleave(batch.group_size)
+        if not bool(kept.any()):
+            raise FloatingPointError(f"reward {self.config.reward.name!r}: every group of the iteration had a bad reward")
+        return torch.where(bad, torch.zeros_like(rewards), rewards), kept
+
+    def _maps(self, frames: Tensor, grid: tuple[int, ...], iteration: int) -> Tensor:
+        latent_shape = (grid[0], grid[1], grid[2])
+        if self.psm is None:
+            return torch.ones(len(frames), *latent_shape, device=frames.device)
+        maps = self.psm(frames, latent_shape=latent_shape, temporal_compression=temporal_compression(frames, grid[0]))
+        kind = self.config.map.source
+        if kind in ("psm", "ones"):
+            return maps
+        return control_maps(maps, kind, torch.Generator().manual_seed(self.config.run.seed * 1_000_003 + iteration))
+
+    def _update(self, trajectories: list[Trajectory], advantages: Tensor, iteration: int) -> dict[str, Tensor]:
+        """Take the configured optimizer steps on one rollout; return their mean statistics."""
+        settings = self.config.optimizer
+        totals: defaultdict[str, list[Tensor]] = defaultdict(list)
+        parts = advantages.split([len(traj) for traj in trajectories])
+        for steps in self._choose_steps(trajectories[0], iteration):
+            self.optimizer.zero_grad(set_to_none=True)
+            for traj, part in zip(trajectories, parts, strict=True):
+                self._accumulate(traj, part, steps, weight=len(traj) / (len(advantages) * len(steps)), totals=totals)
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm)
+            require_finite("gradient", norm)
+            totals["grad_norm"].append(norm.detach())
+            self.optimizer.step()
+        return {name: torch.stack(values).mean() for name, values in totals.items()}
+
+    def _choose_steps(self, traj: Trajectory, iteration: int) -> list[list[int]]:
+        """Draw the trained steps and deal them out to the updates, ascending within each."""
+        seed = (self.config.run.seed * 1_000_003 + iteration) ^ 0x51EB
+        order = torch.randperm(len(traj.stochastic_steps), generator=torch.Generator().manual_seed(seed))
+        chosen = [traj.stochastic_steps[i] for i in order.tolist()][: self.config.trained_steps]
+        updates = self.config.optimizer.updates_per_rollout
+        return [sorted(chosen[i::updates]) for i in range(updates)]
+
+    def _accumulate(
+        self,
+        traj: Trajectory,
+        advantages: Tensor,
+        steps: list[int],
+        *,
+        weight: float,
+        totals: defaultdict[str, list[Tensor]],
+    ) -> None:
+        """Add the gradient of one micro-batch: one backward per step, so one step's graph is in memory."""
+        settings = self.config.loss
+        with_kl = settings.kl_beta > 0
+
+        def on_step(k: int, log_probs: Tensor, old_log_probs: Tensor, kl: Tensor | None = None) -> None:
+            loss, stats = policy_loss(
+                log_probs,
+                old_log_probs,
+                advantages,
+                clip_range=settings.clip_range,
+                level=settings.level,
+                channel_reduction=settings.channel_reduction,
+            )
+            if kl is not None:
+                loss = loss + settings.kl_beta * kl.mean()
+                totals["kl"].append(kl.detach().mean())
+            require_finite(f"loss of step {k}", loss)
+            (loss * weight).backward()  # type: ignore[no-untyped-call]
+            totals["loss"].append(loss.detach())
+            for name in LossStats._fields:
+                totals[name].append(getattr(stats, name))
+
+        if with_kl:
+            self.policy.add_reference(traj, steps)
+        self.policy.replay(traj, steps=steps, on_step=on_step, with_kl=with_kl)
+
+
+class _Clock:
+    """Wall-clock seconds by phase; waits for the device only at the end of a phase."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.times, self.started = device, {}, time.perf_counter()
+
+    times: dict[str, float]
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.times[f"seconds_{phase}"] = round(time.perf_counter() - started, 4)
+
+    def seconds(self) -> dict[str, float]:
+        return {**self.times, "seconds": round(time.perf_counter() - self.started, 4)}
+
+
+def temporal_compression(frames: Tensor, latent_frames: int) -> int:
+    """Pixel frames per latent frame after the first, read off the shapes: F = 1 + (T - 1) c; 1 for images."""
+    return (frames.shape[1] - 1) // (latent_frames - 1) if latent_frames > 1 else 1
+
+
+def make_policy(config: Config) -> DiffusersPolicy:
+    """Build the policy of a config."""
+    model = config.model
+    lora = LoraConfig(
+        r=model.lora_rank,
+        lora_alpha=model.lora_alpha,
+        init_lora_weights="gaussian",
+        target_modules=model.lora_targets or LORA_TARGETS,
+    )
+    return DiffusersPolicy(
+        model.path,
+        kernel=config.sampling.kernel,
+        eta=config.sampling.eta,
+        train=lora if model.train == "lora" else "full",
+        dtype=getattr(torch, model.dtype),
+        autocast=getattr(torch, model.autocast) if model.autocast else None,
+        device=model.device,
+    )
+
+
+def make_psm(config: Config, device: torch.device) -> PerceptualStructuring:
+    """Build the Perceptual Structuring Module of a config."""
+    options = config.map
+    return PerceptualStructuring.from_pretrained(
+        options.backbone,
+        components=options.components,
+        orientation=options.orientation,
+        weighting=options.weighting,
+        smoothing=options.smoothing,
+        normalisation=options.normalisation,
+        floor=options.floor,
+        pca_scope=options.pca_scope,
+        image_size=options.image_size,
+        device=device,
+    )
+
+
+def versions() -> dict[str, Any]:
+    """What a run was made with."""
+    return {
+        "vipo_version": __version__,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        },
+        "threads": torch.get_num_threads(),
+    }

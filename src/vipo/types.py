@@ -1,0 +1,129 @@
+"""The records that travel between the parts, and the one legend of shapes.
+
+Shape legend (used in every docstring and by `check_shape`):
+
+    N = B * G   samples: B prompts, G samples per prompt (a group); samples of a group are adjacent
+    K           denoising steps (`num_inference_steps`)
+    C           latent channels
+    T H W       latent grid: latent frames (1 for images), rows, columns; p = (t, h, w) is a latent position
+    F           pixel frames (1 for images)
+    Y X         pixel rows and columns
+    D           feature channels of the vision backbone
+    h w         patch grid of the vision backbone
+
+Latents are (N, C, T, H, W) even for images. Pixels ("frames") are (N, F, 3, Y, X), float32 in [0, 1].
+Allocation maps are (N, T, H, W), float32, >= 0. Rewards and advantages are (N,), float32.
+sigma is in (0, 1], 1 = pure noise. Log-probs are float32 and in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_shape(name: str, tensor: Tensor, shape: str, sizes: dict[str, int] | None = None) -> dict[str, int]:
+    """Check a tensor against a shape written in the legend's letters.
+
+    Args:
+        name: what to call the tensor in the error.
+        tensor: any tensor.
+        shape: letters or integers separated by blanks, e.g. "N F 3 Y X".
+        sizes: letters already bound, so that one letter means one size across several calls; updated in place.
+
+    Returns:
+        The sizes bound so far, by letter.
+
+    Raises:
+        ValueError: the rank differs, an integer differs, or a letter is already bound to another size.
+    """
+    sizes = {} if sizes is None else sizes
+    letters = shape.split()
+    got = tuple(tensor.shape)
+    if len(letters) != len(got):
+        raise ValueError(f"{name}: expected shape ({', '.join(letters)}), got {got}: wrong number of dimensions")
+    for letter, size in zip(letters, got, strict=True):
+        expected = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
+        if expected != size:
+            raise ValueError(f"{name}: expected shape ({', '.join(letters)}) with {letter} = {expected}, got {got}")
+    return sizes
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts of one iteration, already repeated per group.
+
+    Attributes:
+        prompts: N prompts; the G prompts of a group are adjacent and equal.
+        indices: N positions of the prompts in the prompt file.
+        seeds: N noise seeds, one per sample.
+        initial_seeds: N seeds of the initial noise; equal within a group that starts from the same noise.
+        group_size: G.
+    """
+
+    prompts: list[str]
+    indices: list[int]
+    seeds: list[int]
+    initial_seeds: list[int]
+    group_size: int
+
+
+@dataclass
+class StepRecord:
+    """One recorded denoising step of N samples, in the pipeline's own (possibly packed) layout.
+
+    Attributes:
+        latents: x_k, what the denoiser saw.
+        next_latents: x_{k+1}, the sampled value after the cast to the dtype the denoiser will see.
+        log_probs: float32 log-density of `next_latents` per element, nats; None where the step is deterministic (std 0).
+        reference_mean: float32 mean of the same step under the reference weights, where it was asked for.
+    """
+
+    latents: Tensor
+    next_latents: Tensor
+    log_probs: Tensor | None
+    reference_mean: Tensor | None = None
+
+
+@dataclass
+class Trajectory:
+    """What a rollout leaves behind: enough to replay any of its steps exactly.
+
+    Attributes:
+        prompts: N prompts.
+        seeds: N noise seeds.
+        call: keyword arguments of the pipeline's call, without prompts and generators.
+        steps: K records.
+        encoded: outputs of the pipeline's `encode_prompt`, in the order of its calls.
+        prepared: output of the pipeline's `prepare_latents`: the latents, in a tuple with whatever else it returns.
+        layout: (C*T*H*W,) positions of the latent grid's elements in one flattened sample of the pipeline's own layout.
+        latent_shape: (C, T, H, W).
+    """
+
+    prompts: list[str]
+    seeds: list[int]
+    call: dict[str, Any]
+    steps: list[StepRecord]
+    encoded: list[Any]
+    prepared: Any
+    layout: Tensor
+    latent_shape: tuple[int, int, int, int]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @property
+    def stochastic_steps(self) -> list[int]:
+        """Steps whose transition has a density (std > 0), ascending."""
+        return [k for k, record in enumerate(self.steps) if record.log_probs is not None]
+
+
+def require_finite(name: str, tensor: Tensor) -> None:
+    """Raise FloatingPointError naming the tensor and its first bad sample, if any element is NaN or infinite."""
+    finite = torch.isfinite(tensor.detach())
+    if not bool(finite.all()):
+        bad = (~finite).nonzero()[0].tolist()
+        raise FloatingPointError(f"{name} is not finite: first bad element at index {bad} of shape {tuple(tensor.shape)}")
