@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the trained models")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the model's own)")
     parser.add_argument("--pool", type=int, help="rendered pictures (default: the model's own)")
+    parser.add_argument("--generator", type=Path, help="scorer only: output folder of t2i, whose samples are scored")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -139,7 +140,7 @@ def main() -> None:
         "backbone": pretrain_backbone.train,
         "scorer": pretrain_scorer.train,
     }[options.model]
-    given = {key: getattr(options, key) for key in ("steps", "pool") if getattr(options, key) is not None}
+    given = {key: getattr(options, key) for key in ("steps", "pool", "generator") if getattr(options, key) is not None}
     train(options.output, seed=options.seed, **given)
 
 

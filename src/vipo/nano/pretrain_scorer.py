@@ -18,8 +18,9 @@ from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
+from ..policy import load_pipeline
 from ..rewards.preference import ClipPreference
-from . import assets_path, world
+from . import world
 from .pretrain import batches, fit, parameter_count, to_unit, write_card
 from .pretrain_t2i import CALL, TOKENS, build_tokenizer
 
@@ -140,17 +141,22 @@ def generate(pipeline: StableDiffusion3Pipeline, prompts: list[str], steps: int,
     return to_bytes(torch.cat(done))
 
 
-def train(output: Path, *, steps: int = 5000, pool: int = 12288, seed: int = 0, generator: Path | None = None) -> None:
-    """Train the scorer against samples of `generator`'s checkpoints (default: the embedded pipeline)."""
-    folder = generator or assets_path("t2i")
-    checkpoints = sorted((folder / "steps").glob("*")) or [folder]
-    pipelines = [StableDiffusion3Pipeline.from_pretrained(path) for path in {checkpoints[0], checkpoints[-1]}]
+def train(output: Path, *, steps: int = 4000, pool: int = 8192, seed: int = 0, generator: Path | None = None) -> None:
+    """Train the scorer against samples of an early and of the latest checkpoint of `generator`, a t2i output folder."""
+    if generator is None:
+        raise ValueError("--generator: the scorer needs the output folder of `pretrain t2i`, with its steps/")
+    checkpoints = sorted((generator / "steps").glob("*"))
+    pipelines = [load_pipeline(path)[0] for path in (checkpoints[0], checkpoints[-1])]
     scorer = build_scorer()
     scorer.model.requires_grad_(True)
     log.info("scorer: %d parameters; generators %s", parameter_count(scorer), [p.name for p in checkpoints])
     clean, faulty, wrong, scenes = render_pairs(pool, seed + 5)
     prompts = world.describe(scenes)
-    generated = torch.cat([generate(pipelines[i % 2 if len(pipelines) > 1 else 0], part, 4 + 4 * (i % 3), seed + i) for i, part in enumerate([prompts[j : j + 512] for j in range(0, pool, 512)])])
+    parts = [prompts[i : i + 256] for i in range(0, pool, 256)]
+    generated = torch.cat(
+        [generate(pipelines[i % 2], part, (4, 8, 6)[i % 3], seed + i) for i, part in enumerate(parts)]
+    )
+    log.info("scorer: pairs rendered and generated")
     decoded = through_vae(clean, pipelines[0])
     faulty_decoded = through_vae(faulty, pipelines[0])
     held = 512
@@ -199,6 +205,7 @@ def train(output: Path, *, steps: int = 5000, pool: int = 12288, seed: int = 0, 
             "class": "transformers CLIPModel; score = exp(logit_scale) * cosine, as PickScore",
             "parameters": parameter_count(scorer),
             "data": f"{pool} procedural pictures in pairs: defects, wrong words, artefacts, generated; batch 32 pairs",
+            "generators": ", ".join(f"t2i step {path.name}" for path in (checkpoints[0], checkpoints[-1])),
             "objective": "logistic loss on the difference of scores",
             **accuracy,
             **facts,

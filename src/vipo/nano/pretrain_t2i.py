@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from ..policy import save_pipeline
 from . import world
 from .pretrain import batches, fit, parameter_count, render_pool, to_unit, write_card
 
@@ -196,10 +197,10 @@ def train(output: Path, *, steps: int = 12000, pool: int = 32768, seed: int = 0)
         return F.mse_loss(velocity.float(), noise - x0)
 
     def checkpoint(step: int) -> None:
-        pipeline.save_pretrained(output / "steps" / f"{step:06d}")
+        save_pipeline(pipeline, output / "steps" / f"{step:06d}", CALL)
 
     facts = fit(modules, loss_at, steps=steps, learning_rate=1e-3, average=0.9995, checkpoint=checkpoint)
-    pipeline.save_pretrained(output)
+    save_pipeline(pipeline, output, CALL)
     write_card(
         output,
         "Nano text-to-image pipeline",
