@@ -89,5 +89,7 @@ def pixel_advantages(advantages: Tensor, maps: Tensor) -> Tensor:
     maps = maps.detach().to(torch.float32)
     require_finite("maps", maps)
     if bool((maps < 0).any()):
-        raise ValueError(f"maps: expected values >= 0, got a minimum of {maps.min():.3g}; a negative weight inverts the reward")
+        raise ValueError(
+            f"maps: expected values >= 0, got a minimum of {maps.min():.3g}; a negative weight inverts the reward"
+        )
     return advantages.detach().to(torch.float32)[:, None, None, None] * maps

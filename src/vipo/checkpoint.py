@@ -1,9 +1,9 @@
 """Atomic checkpoints: weights as `diffusers` reads them, and what an exact resume needs. Nothing is pickled.
 
-    checkpoints/step_000050/
-        weights/            a diffusers LoRA folder, or a whole save_pretrained pipeline
-        state.safetensors   trained weights (adapters), optimizer moments, torch's RNG state
-        state.json          iteration, optimizer step counts, versions
+checkpoints/step_000050/
+    weights/            a diffusers LoRA folder, or a whole save_pretrained pipeline
+    state.safetensors   trained weights (adapters), optimizer moments, torch's RNG state
+    state.json          iteration, optimizer step counts, versions
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def load_checkpoint(path: Path, policy: DiffusersPolicy, optimizer: torch.optim.
         weights = dict(saved.state_dict())
     missing = sorted(set(parameters) - set(weights))
     if missing or any(weights[name].shape != p.shape for name, p in parameters.items()):
-        raise ValueError(f"--resume: checkpoint {path} is of another model or adapter (e.g. {(missing or ['shapes'])[0]})")
+        raise ValueError(
+            f"--resume: checkpoint {path} is of another model or adapter (e.g. {(missing or ['shapes'])[0]})"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from . import __version__
 
@@ -27,10 +27,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; user errors print one line and exit with 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     options = _parse(sys.argv[1:] if argv is None else list(argv))
     try:
         code = options.command(options)
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
+        if type(error) is RuntimeError:  # not one of ours: a programming error, whose trace is wanted
+            raise
         for line in str(error).splitlines() or [type(error).__name__]:
             print(f"vipo: error: {line}", file=sys.stderr)
         code = 2
@@ -48,7 +51,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     demo = commands.add_parser("demo", help="GRPO against ViPO on the embedded pipeline", description=_demo.__doc__)
-    demo.add_argument("-o", "--output", type=Path, default=Path("runs/demo"), help="run directory (default: %(default)s)")
+    demo.add_argument(
+        "-o", "--output", type=Path, default=Path("runs/demo"), help="run directory (default: %(default)s)"
+    )
     demo.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
     demo.add_argument("--iterations", type=int, help="iterations per method (default: the recipe's)")
     demo.add_argument("--prompts", type=int, default=128, help="held-out prompts evaluated (default: %(default)s)")
@@ -146,7 +151,14 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _progress(console: Any) -> Any:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     return Progress(
         TextColumn("{task.description:<16}"),
@@ -184,7 +196,9 @@ def _train(options: argparse.Namespace) -> int:
     config = _load(options)
     from .runlog import open_run
 
-    mode = "resume" if options.resume else "overwrite" if options.overwrite else "no"
+    mode: Literal["no", "resume", "overwrite"] = "no"
+    if options.resume or options.overwrite:
+        mode = "resume" if options.resume else "overwrite"
     if mode != "overwrite":  # an earlier run is removed only when everything has loaded
         open_run(config.run.output, resume=options.resume)
     from rich.console import Console

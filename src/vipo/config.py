@@ -42,7 +42,7 @@ class ModelConfig(Section):
     """Train a LoRA adapter, or all weights of the denoiser."""
     lora_rank: Positive = 16
     """Rank of the adapter."""
-    lora_alpha: Annotated[float, Field(gt=0)] = 32
+    lora_alpha: Positive = 32
     """Scale of the adapter: its output is multiplied by alpha / rank."""
     lora_targets: list[str] | None = None
     """Names of the adapted layers; null for the attention projections."""
@@ -194,8 +194,8 @@ class Config(Section):
         trained = self.trained_steps
         if self.optimizer.updates_per_rollout > trained:
             raise ValueError(
-                f"optimizer.updates_per_rollout: {self.optimizer.updates_per_rollout} updates need as many trained steps, "
-                f"but sampling.num_inference_steps and optimizer.step_fraction leave {trained}"
+                f"optimizer.updates_per_rollout: {self.optimizer.updates_per_rollout} updates need as many trained "
+                f"steps, but sampling.num_inference_steps and optimizer.step_fraction leave {trained}"
             )
         if self.sampling.kernel in ("flow_cps", "ddim") and self.sampling.eta > 1:
             raise ValueError(f"sampling.eta: expected at most 1 for {self.sampling.kernel}, got {self.sampling.eta}")
@@ -293,7 +293,9 @@ def _suggest(location: list[str]) -> str:
         near = near or difflib.get_close_matches(location[0], sections, 1, 0.5)
         return f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(sections)}"
     same = [key for key in keys if key.split(".")[1] == location[1]]
-    near = difflib.get_close_matches(location[1], [k.split(".")[1] for k in keys if k.startswith(location[0] + ".")], 1, 0.5)
+    near = difflib.get_close_matches(
+        location[1], [k.split(".")[1] for k in keys if k.startswith(location[0] + ".")], 1, 0.5
+    )
     if near:
         return f"; did you mean {location[0]}.{near[0]}?"
     return f"; did you mean {same[0]}?" if same else f"; see vipo train --help for the keys of {location[0]}"
@@ -304,5 +306,9 @@ def fields() -> Iterator[tuple[str, str, str]]:
     for section, field in Config.model_fields.items():
         default = field.default
         for name, entry in type(default).model_fields.items():
-            value = yaml.safe_dump(default.model_dump(mode="json")[name], default_flow_style=True).strip().removesuffix("...")
+            value = (
+                yaml.safe_dump(default.model_dump(mode="json")[name], default_flow_style=True)
+                .strip()
+                .removesuffix("...")
+            )
             yield f"{section}.{name}", value.strip(), str(entry.description)

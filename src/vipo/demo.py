@@ -1,4 +1,4 @@
-"""`vipo demo`: the embedded pipeline post-trained twice from the same weights, by scalar GRPO and by ViPO, then compared."""
+"""`vipo demo`: the embedded pipeline post-trained from the same weights by scalar GRPO and by ViPO, then compared."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .nano.world import measure
 from .prompts import read_prompts
 from .psm import PerceptualStructuring
 from .report import render_report
-from .rewards import ClipPreference
+from .rewards.preference import ClipPreference
 from .runlog import CONFIG, open_run, overlay, read_metrics, to_image, write_atomically, write_summary
 from .trainer import Trainer, versions
 
@@ -130,7 +130,9 @@ def run_demo(
             assess("base", trainer)
         begun = time.perf_counter()
 
-        def on_iteration(iteration: int, metrics: dict[str, Any], method: str = method, config: Config = config) -> None:
+        def on_iteration(
+            iteration: int, metrics: dict[str, Any], method: str = method, config: Config = config
+        ) -> None:
             progress(f"train {method}", iteration, config.run.iterations, f"reward {metrics['reward_mean']:.3f}")
 
         trainer.run(on_iteration=on_iteration)
@@ -215,7 +217,10 @@ def _save_samples(
     """Save the first held-out samples, chosen by position and not by result, and the map over ViPO's."""
     (output / "images").mkdir(parents=True, exist_ok=True)
     maps = psm(frames["vipo"][:count], latent_shape=(1, 16, 16))
-    shown = {**{name: f[:count, 0] for name, f in frames.items()}, "map": overlay(frames["vipo"][:count, 0], maps[:, 0])}
+    shown = {
+        **{name: f[:count, 0] for name, f in frames.items()},
+        "map": overlay(frames["vipo"][:count, 0], maps[:, 0]),
+    }
     samples = []
     for i, prompt in enumerate(prompts[:count]):
         entry: dict[str, Any] = {"prompt": prompt}

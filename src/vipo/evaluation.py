@@ -30,7 +30,9 @@ def bootstrap_mean(values: Values, *, seed: int = 0) -> dict[str, float | None]:
     return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
 
-def paired_difference(new: Values, old: Values, *, higher_is_better: bool = True, seed: int = 0) -> dict[str, float | None]:
+def paired_difference(
+    new: Values, old: Values, *, higher_is_better: bool = True, seed: int = 0
+) -> dict[str, float | None]:
     """Mean of new - old over the same prompts and seeds, its 95 % interval, and how often new is better.
 
     Returns:

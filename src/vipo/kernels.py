@@ -24,10 +24,13 @@ class Gaussian(NamedTuple):
     std: float
 
 
-def flow_grpo(latents: Tensor, velocity: Tensor, *, sigma: float, sigma_next: float, eta: float, sigma_max: float) -> Gaussian:
+def flow_grpo(
+    latents: Tensor, velocity: Tensor, *, sigma: float, sigma_next: float, eta: float, sigma_max: float
+) -> Gaussian:
     """Step the flow SDE of Flow-GRPO (arXiv 2505.05470, Eq. 9; docs/equations.md K1).
 
-        s_t = eta sqrt(sigma / (1 - sigma));  mean = x + [v + s_t^2 / (2 sigma) (x + (1 - sigma) v)] d;  std = s_t sqrt(-d)
+        s_t = eta sqrt(sigma / (1 - sigma))
+        mean = x + [v + s_t^2 / (2 sigma) (x + (1 - sigma) v)] d;  std = s_t sqrt(-d)
 
     Args:
         latents: x_k, any shape.
@@ -35,7 +38,7 @@ def flow_grpo(latents: Tensor, velocity: Tensor, *, sigma: float, sigma_next: fl
         sigma: noise level of x_k, in (0, 1].
         sigma_next: noise level of x_{k+1}, in [0, sigma).
         eta: noise scale >= 0 (the paper's a; 0.7 for SD3.5).
-        sigma_max: replaces sigma in 1 - sigma where sigma = 1, where s_t would be infinite: the schedule's second sigma.
+        sigma_max: stands for sigma in 1 - sigma where sigma = 1 and s_t would be infinite: the schedule's second sigma.
 
     Returns:
         The step's Gaussian.
@@ -46,10 +49,13 @@ def flow_grpo(latents: Tensor, velocity: Tensor, *, sigma: float, sigma_next: fl
     return Gaussian(latents + drift * d, scale * math.sqrt(-d))
 
 
-def dance_grpo(latents: Tensor, velocity: Tensor, *, sigma: float, sigma_next: float, eta: float, sigma_max: float) -> Gaussian:
+def dance_grpo(
+    latents: Tensor, velocity: Tensor, *, sigma: float, sigma_next: float, eta: float, sigma_max: float
+) -> Gaussian:
     """Step the flow SDE of DanceGRPO (arXiv 2505.07818, Eq. 6; docs/equations.md K2), the one the ViPO paper uses.
 
-        x0 = x - sigma v;  score = -(x - (1 - sigma) x0) / sigma^2;  mean = x + v d - eta^2 / 2 score d;  std = eta sqrt(-d)
+        x0 = x - sigma v;  score = -(x - (1 - sigma) x0) / sigma^2
+        mean = x + v d - eta^2 / 2 score d;  std = eta sqrt(-d)
 
     Args and returns as `flow_grpo`; `sigma_max` is not used.
     """
@@ -59,7 +65,9 @@ def dance_grpo(latents: Tensor, velocity: Tensor, *, sigma: float, sigma_next: f
     return Gaussian(latents + velocity * d - 0.5 * eta**2 * score * d, eta * math.sqrt(-d))
 
 
-def flow_cps(latents: Tensor, velocity: Tensor, *, sigma: float, sigma_next: float, eta: float, sigma_max: float) -> Gaussian:
+def flow_cps(
+    latents: Tensor, velocity: Tensor, *, sigma: float, sigma_next: float, eta: float, sigma_max: float
+) -> Gaussian:
     """Step with coefficients preserved, Flow-CPS (arXiv 2509.05952, Eq. 13; docs/equations.md K3).
 
         mean = (1 - sigma_next) x0 + sigma_next cos(eta pi / 2) noise_hat;  std = sigma_next sin(eta pi / 2)

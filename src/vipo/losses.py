@@ -42,7 +42,7 @@ def policy_loss(
 
         L = -mean over samples and positions of min(rho A, clip(rho, 1 - low, 1 + high) A)
 
-    position: rho[i, p] = exp(reduce over channels of log_probs - old_log_probs at p), A[i, p] the pixel advantage: ViPO.
+    position: rho[i, p] = exp(reduce over channels of log_probs - old_log_probs at p), A[i, p] as given: ViPO.
     sample:   rho[i] = exp(reduce over channels, then mean over positions), A[i] = mean over p of A[i, p]: scalar GRPO
               (and what the released FLUX code does with a map). A map then acts through its mean only.
 
@@ -77,9 +77,7 @@ def policy_loss(
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
     with torch.no_grad():
         clipped = ((ratio > 1 + high) & (advantages > 0)) | ((ratio < 1 - low) & (advantages < 0))
-        stats = LossStats(
-            clipped.float().mean(), (ratio - 1 - log_ratio).mean(), ratio.mean(), ratio.max()
-        )
+        stats = LossStats(clipped.float().mean(), (ratio - 1 - log_ratio).mean(), ratio.mean(), ratio.max())
     return -surrogate.mean(), stats
 
 

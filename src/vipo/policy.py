@@ -140,7 +140,9 @@ class DiffusersPolicy:
         """
         initial_seeds = seeds if initial_seeds is None else initial_seeds
         if not len(prompts) == len(seeds) == len(initial_seeds):
-            raise ValueError(f"seeds: expected one per prompt ({len(prompts)}), got {len(seeds)} and {len(initial_seeds)}")
+            raise ValueError(
+                f"seeds: expected one per prompt ({len(prompts)}), got {len(seeds)} and {len(initial_seeds)}"
+            )
         call = {**self.call_defaults, **call, "num_inference_steps": num_inference_steps}
         recording = Recording(seeds)
         encoded: list[Any] = []
@@ -157,9 +159,7 @@ class DiffusersPolicy:
                 "scheduler.step: cannot replay it"
             )
         layout, shape = self._layout(list(prompts), call, encoded, prepared[0], recording.records[-1].next_latents)
-        return Trajectory(
-            list(prompts), list(seeds), call, recording.records, encoded, prepared[0], layout, shape
-        )
+        return Trajectory(list(prompts), list(seeds), call, recording.records, encoded, prepared[0], layout, shape)
 
     @torch.no_grad()
     def generate(
@@ -179,10 +179,12 @@ class DiffusersPolicy:
         call = {**self.call_defaults, **call, "num_inference_steps": num_inference_steps}
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         plain = SamplerSettings(self.settings.kernel, eta=0.0)
-        more = {"generator": generators, "output_type": "pt"}
-        return _frames(self._call(prompts, call, Recording(seeds), {}, settings=plain, **more))
+        call = {**call, "generator": generators, "output_type": "pt"}
+        return _frames(self._call(prompts, call, Recording(seeds), {}, settings=plain))
 
-    def replay(self, traj: Trajectory, *, steps: Sequence[int] | None = None, on_step: OnStep, with_kl: bool = False) -> None:
+    def replay(
+        self, traj: Trajectory, *, steps: Sequence[int] | None = None, on_step: OnStep, with_kl: bool = False
+    ) -> None:
         """Re-score recorded steps under the current weights, one denoiser call per step, with gradients.
 
         Args:
@@ -211,7 +213,7 @@ class DiffusersPolicy:
 
     @torch.no_grad()
     def add_reference(self, traj: Trajectory, steps: Sequence[int] | None = None) -> None:
-        """Record the step means under the reference weights: the adapter off, or the frozen copy of `keep_reference`."""
+        """Record the step means under the reference weights: adapter off, or the frozen copy of `keep_reference`."""
         steps = traj.stochastic_steps if steps is None else list(steps)
 
         def store(k: int, gaussian: Gaussian) -> None:
@@ -243,7 +245,8 @@ class DiffusersPolicy:
         wrong = sorted(set(steps) - set(traj.stochastic_steps))
         if wrong or list(steps) != sorted(set(steps)):
             raise ValueError(
-                f"steps: expected ascending steps out of {traj.stochastic_steps} (the others are deterministic), got {list(steps)}"
+                f"steps: expected ascending steps out of {traj.stochastic_steps} (the others are deterministic), "
+                f"got {list(steps)}"
             )
         if steps:
             self._resume(traj, Scoring(traj.steps, steps, on_step), traj.steps[steps[0]].latents, output_type="latent")
@@ -280,7 +283,8 @@ class DiffusersPolicy:
         in_front = {**in_front, "scheduler": scheduler, "_progress_bar_config": {"disable": True}}
         enabled = autocast and self.autocast is not None
         with _in_front(self.pipeline, in_front), torch.autocast(self.device.type, self.autocast, enabled=enabled):
-            return type(self.pipeline).__call__.__wrapped__(self.pipeline, prompt=list(prompts), **call, **more)
+            undecorated: Any = type(self.pipeline).__call__.__wrapped__  # type: ignore[attr-defined]  # without no_grad
+            return undecorated(self.pipeline, prompt=list(prompts), **call, **more)
 
     def _layout(
         self, prompts: list[str], call: dict[str, Any], encoded: list[Any], prepared: Any, like: Tensor
@@ -346,14 +350,24 @@ class DiffusersPolicy:
                 **{f"{name}_lora_adapter_metadata": value for name, value in settings.items()},
             )
         else:
-            self.pipeline.save_pretrained(folder)
-            if self.call_defaults:
-                (folder / CALL_FILE).write_text(json.dumps({"call": self.call_defaults}) + "\n")
+            save_pipeline(self.pipeline, folder, self.call_defaults)
 
 
 def to_grid(values: Tensor, traj: Trajectory) -> Tensor:
     """Put per-element values from the pipeline's own layout onto the latent grid: (N, C, T, H, W)."""
     return values.flatten(1)[:, traj.layout].view(-1, *traj.latent_shape)
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path, call: dict[str, Any]) -> None:
+    """Write a whole pipeline, and the keywords its calls need, so that `from_pretrained(folder)` loads it."""
+    pipeline.save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = {name: [None, None] for name, component in pipeline.components.items() if component is None}
+    (folder / "model_index.json").write_text(
+        json.dumps({**absent, **index}, indent=2) + "\n"
+    )  # diffusers leaves them out
+    if call:
+        (folder / CALL_FILE).write_text(json.dumps({"call": call}) + "\n")
 
 
 def load_pipeline(name: str | Path, dtype: torch.dtype | None = None) -> tuple[DiffusionPipeline, dict[str, Any]]:
@@ -369,9 +383,11 @@ def load_pipeline(name: str | Path, dtype: torch.dtype | None = None) -> tuple[D
         raise ValueError(f"pipeline: no model_index.json in {folder}; expected a folder written by save_pretrained")
     if not local and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
         raise ValueError(f"pipeline: no such folder: {path}; give a folder, a hub id like owner/name, or nano")
+    index = json.loads((folder / "model_index.json").read_text()) if local else {}
+    absent = {name: None for name, entry in index.items() if entry == [None, None]}  # such as SD3's T5
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            path, torch_dtype=dtype or torch.float32, use_safetensors=True, local_files_only=local
+            path, dtype=dtype or torch.float32, use_safetensors=True, local_files_only=local, **absent
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"pipeline: cannot load {path}: {str(error).strip().splitlines()[0]}") from error

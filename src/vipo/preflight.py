@@ -57,12 +57,15 @@ def preflight(config: Config) -> list[Finding]:
         Finding(
             "policy",
             count > 0,
-            f"{type(policy.pipeline).__name__}, {count:,} trained parameters of its {policy.denoiser_name}, on {policy.device}",
+            f"{type(policy.pipeline).__name__}, {count:,} trained parameters of its {policy.denoiser_name}, "
+            f"on {policy.device}",
         )
     )
     pair = [prompts[0]] * 2
     call = {
-        key: value for key in ("guidance_scale", "height", "width") if (value := getattr(config.sampling, key)) is not None
+        key: value
+        for key in ("guidance_scale", "height", "width")
+        if (value := getattr(config.sampling, key)) is not None
     }
     started = time.perf_counter()
     traj = policy.rollout(
@@ -75,7 +78,9 @@ def preflight(config: Config) -> list[Finding]:
     frames = policy.decode(traj)
     rewards = score(trainer.reward, frames, pair)
     finite = bool(torch.isfinite(rewards).all())
-    findings.append(Finding("reward", finite, f"{config.reward.name}: {', '.join(f'{r:.3f}' for r in rewards.tolist())}"))
+    findings.append(
+        Finding("reward", finite, f"{config.reward.name}: {', '.join(f'{r:.3f}' for r in rewards.tolist())}")
+    )
     findings.append(_map(trainer, frames, traj))
     started = time.perf_counter()
     trainer.step(0)
@@ -119,11 +124,15 @@ def _map(trainer: Trainer, frames: Tensor, traj: Trajectory) -> Finding:
     gradients = [_gradient(trainer, traj, m) for m in (maps, maps.flip(-1).flip(-2))]
     change = float((gradients[0] - gradients[1]).norm() / gradients[0].norm().clamp_min(1e-30))
     source, level = trainer.config.map.source, trainer.config.loss.level
-    detail = f"{source}: entropy {entropy:.2f} of 1; turning it upside down changes the gradient by {change:.0%} (level {level})"
+    detail = (
+        f"{source}: entropy {entropy:.2f} of 1; upside down it changes the gradient by {change:.0%} (level {level})"
+    )
     if source == "ones":
         return Finding("map", True, "none (map.source = ones): every position is pushed alike")
     if level == "sample":
-        return Finding("map", False, f"{detail}: at level sample a map acts through its mean only; set loss.level=position")
+        return Finding(
+            "map", False, f"{detail}: at level sample a map acts through its mean only; set loss.level=position"
+        )
     return Finding("map", change > 1e-3, detail)
 
 
@@ -143,7 +152,7 @@ def _gradient(trainer: Trainer, traj: Trajectory, maps: Tensor) -> Tensor:
             level=settings.level,
             channel_reduction=settings.channel_reduction,
         )
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     trainer.policy.replay(traj, steps=traj.stochastic_steps[:1], on_step=on_step)
     gradient = torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None])

@@ -36,7 +36,13 @@ def read_prompts(path: str) -> list[str]:
 
 
 def prompt_batch(
-    prompts: list[str], iteration: int, *, per_iteration: int, group_size: int, seed: int, same_initial_noise: bool = True
+    prompts: list[str],
+    iteration: int,
+    *,
+    per_iteration: int,
+    group_size: int,
+    seed: int,
+    same_initial_noise: bool = True,
 ) -> PromptBatch:
     """Choose the prompts and seeds of one iteration; a function of (seed, iteration) alone, so a run can resume.
 

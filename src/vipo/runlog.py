@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
-_TURBO = torch.tensor([[0.19, 0.07, 0.23], [0.16, 0.74, 0.92], [0.64, 0.99, 0.24], [0.98, 0.53, 0.13], [0.48, 0.02, 0.01]])
+_TURBO = torch.tensor(
+    [[0.19, 0.07, 0.23], [0.16, 0.74, 0.92], [0.64, 0.99, 0.24], [0.98, 0.53, 0.13], [0.48, 0.02, 0.01]]
+)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -44,7 +46,9 @@ def open_run(folder: Path, *, resume: bool = False, overwrite: bool = False) -> 
     if resume and not holds_run:
         raise ValueError(f"--resume: {folder} holds no run (no {CONFIG})")
     if holds_run and not (resume or overwrite):
-        raise ValueError(f"run.output: {folder} already holds a run; give --resume, --overwrite or another --run.output")
+        raise ValueError(
+            f"run.output: {folder} already holds a run; give --resume, --overwrite or another --run.output"
+        )
     if folder.is_dir() and not holds_run and any(folder.iterdir()):
         raise ValueError(f"run.output: {folder} is not empty and holds no run; give another --run.output")
     if holds_run and overwrite:
@@ -100,7 +104,6 @@ class RunLog:
             self._events.add_image("samples", np.asarray(sheet(still)), iteration, dataformats="HWC")
 
 
-
 def write_summary(folder: Path, values: dict[str, Any]) -> None:
     """Write summary.json."""
     write_atomically(folder / SUMMARY, json.dumps(values, indent=1) + "\n")
@@ -116,7 +119,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def overlay(images: Tensor, maps: Tensor, strength: float = 0.55) -> Tensor:
-    """Lay maps (n, H, W) >= 0 over images (n, 3, Y, X) in [0, 1]: blue is little, red is much, each map to its own maximum."""
+    """Lay maps (n, H, W) >= 0 over images (n, 3, Y, X) in [0, 1]: blue is little, red is the map's own maximum."""
     large = F.interpolate(maps[:, None].float().cpu(), images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
     place = (large / large.amax((1, 2), keepdim=True).clamp_min(1e-12)).clamp(0, 1) * (len(_TURBO) - 1)
     low = place.floor().long().clamp(max=len(_TURBO) - 2)

@@ -33,7 +33,8 @@ class Transition(Protocol):
         order: steps to run, ascending; None for all.
     """
 
-    order: Sequence[int] | None
+    @property
+    def order(self) -> Sequence[int] | None: ...
 
     def __call__(self, k: int, step: Gaussian, latents: Tensor) -> Tensor:
         """Return x_{k+1} in the dtype of `latents`: what the denoiser will see."""
@@ -198,7 +199,9 @@ def stochastic_scheduler(original: Any, settings: SamplerSettings) -> Stochastic
     flow_kernels = ", ".join(FLOW_KERNELS)
     if is_flow(original):
         if settings.kernel not in FLOW_KERNELS:
-            raise ValueError(f"kernel: {name} is a flow scheduler; expected one of {flow_kernels}, got {settings.kernel!r}")
+            raise ValueError(
+                f"kernel: {name} is a flow scheduler; expected one of {flow_kernels}, got {settings.kernel!r}"
+            )
         config = dict(original.config)
         if "flow_shift" in config:  # UniPC and DPM-Solver folders (Wan, Sana) name the shift differently
             config["shift"] = config["flow_shift"]
@@ -209,7 +212,9 @@ def stochastic_scheduler(original: Any, settings: SamplerSettings) -> Stochastic
             raise ValueError(f"kernel: {name} is a diffusion scheduler; expected ddim, got {settings.kernel!r}")
         config = {"clip_sample": False, **original.config}
         if config.get("thresholding"):
-            raise ValueError(f"scheduler: {name} uses dynamic thresholding, whose steps are not Gaussian; not supported")
+            raise ValueError(
+                f"scheduler: {name} uses dynamic thresholding, whose steps are not Gaussian; not supported"
+            )
         made = DDIMStochasticScheduler.from_config(config)
     else:
         raise ValueError(f"scheduler: cannot drive {name}; expected a flow-matching or a beta-schedule scheduler")

@@ -169,15 +169,17 @@ class Trainer:
         if bool(bad.any()):
             first = int(bad.nonzero()[0])
             message = (
-                f"reward {self.config.reward.name!r} returned {rewards[first].item()} for sample {first} of {len(rewards)}, "
-                f"prompt {batch.prompts[first]!r}"
+                f"reward {self.config.reward.name!r} returned {rewards[first].item()} for sample {first} of "
+                f"{len(rewards)}, prompt {batch.prompts[first]!r}"
             )
             if self.config.reward.on_failure == "stop":
                 raise FloatingPointError(f"{message}; set reward.on_failure=drop to drop such groups and go on")
             log.warning("%s: its group is dropped", message)
         kept = ~bad.view(-1, batch.group_size).any(1).repeat_interleave(batch.group_size)
         if not bool(kept.any()):
-            raise FloatingPointError(f"reward {self.config.reward.name!r}: every group of the iteration had a bad reward")
+            raise FloatingPointError(
+                f"reward {self.config.reward.name!r}: every group of the iteration had a bad reward"
+            )
         return torch.where(bad, torch.zeros_like(rewards), rewards), kept
 
     def _maps(self, frames: Tensor, grid: tuple[int, ...], iteration: int) -> Tensor:
@@ -239,7 +241,7 @@ class Trainer:
                 loss = loss + settings.kl_beta * kl.mean()
                 totals["kl"].append(kl.detach().mean())
             require_finite(f"loss of step {k}", loss)
-            (loss * weight).backward()  # type: ignore[no-untyped-call]
+            (loss * weight).backward()
             totals["loss"].append(loss.detach())
             for name in LossStats._fields:
                 totals[name].append(getattr(stats, name))

@@ -78,7 +78,7 @@ class StepRecord:
     Attributes:
         latents: x_k, what the denoiser saw.
         next_latents: x_{k+1}, the sampled value after the cast to the dtype the denoiser will see.
-        log_probs: float32 log-density of `next_latents` per element, nats; None where the step is deterministic (std 0).
+        log_probs: float32 log-density of `next_latents` per element, nats; None where the step is deterministic.
         reference_mean: float32 mean of the same step under the reference weights, where it was asked for.
     """
 
@@ -126,4 +126,6 @@ def require_finite(name: str, tensor: Tensor) -> None:
     finite = torch.isfinite(tensor.detach())
     if not bool(finite.all()):
         bad = (~finite).nonzero()[0].tolist()
-        raise FloatingPointError(f"{name} is not finite: first bad element at index {bad} of shape {tuple(tensor.shape)}")
+        raise FloatingPointError(
+            f"{name} is not finite: first bad element at index {bad} of shape {tuple(tensor.shape)}"
+        )

@@ -63,12 +63,12 @@ def fit(
             group["lr"] = learning_rate * min(1.0, step / warm_up) * max(0.02, cosine)
         loss = loss_at(step)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         decay = min(average, (step + 1) / (step + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(mean, parameters, 1 - decay)
+            torch._foreach_lerp_(mean, [p.detach() for p in parameters], 1 - decay)
         smoothed = loss.item() if step == 1 else 0.98 * smoothed + 0.02 * loss.item()
         if step % 100 == 0 or step == steps:
             log.info("step %d/%d  loss %.4f  %.0f s", step, steps, smoothed, time.perf_counter() - started)
@@ -108,7 +108,11 @@ def batches(count: int, batch: int, generator: torch.Generator) -> Iterator[Tens
 
 def write_card(folder: Path, title: str, facts: dict[str, Any]) -> None:
     """Write the model card: README.md for people, training.json for programs."""
-    facts = {**facts, "torch": torch.__version__, "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)"}
+    facts = {
+        **facts,
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} thread(s)",
+    }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
     rows = "\n".join(f"| {key.replace('_', ' ')} | {value} |" for key, value in facts.items())

@@ -78,13 +78,19 @@ def train(output: Path, *, steps: int = 3000, pool: int = 16384, seed: int = 0) 
 
     facts = fit([backbone, heads, pixels], loss_at, steps=steps, learning_rate=1e-3, weight_decay=0.04, average=0.999)
     backbone.eval().save_pretrained(output)
-    preprocessor = {"image_mean": [MEAN] * 3, "image_std": [STD] * 3, "size": {"height": world.SIZE, "width": world.SIZE}}
+    preprocessor = {
+        "image_mean": [MEAN] * 3,
+        "image_std": [STD] * 3,
+        "size": {"height": world.SIZE, "width": world.SIZE},
+    }
     (output / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1) + "\n")
     with torch.no_grad():
         held_out, _, truth = render_pool(512, seed + 4, defect_share=0.0)
         token = backbone(pixel_values=(to_unit(held_out) - MEAN) / STD).last_hidden_state[:, 0]
         accuracy = {
-            f"held_out_{n}_accuracy": round((heads[n](token).argmax(1) == truth[:, world.COLUMN[n]]).float().mean().item(), 3)
+            f"held_out_{n}_accuracy": round(
+                (heads[n](token).argmax(1) == truth[:, world.COLUMN[n]]).float().mean().item(), 3
+            )
             for n in names
         }
     write_card(

@@ -1,8 +1,8 @@
 """The nano preference scorer: a small CLIPModel trained on pairs, as PickScore is.
 
 In each pair the first picture suits the prompt better. The worse one has a local defect of any strength, a wrong
-word, an off-world artefact (noise, blur, colour cast, stripes, bleached or saturated colours), or was made by a younger or
-hastier generator. All pictures may have gone through the generator's VAE, so that its traces do not tell.
+word, an off-world artefact (noise, blur, colour cast, checks, bleached or saturated colours), or was made by a
+generator in training. All pictures may have gone through the generator's VAE, so that its traces do not tell.
 A scorer trained on one kind of fault only is soon exploited by the policy.
 """
 
@@ -170,9 +170,9 @@ def train(output: Path, *, steps: int = 4000, pool: int = 8192, seed: int = 0, g
         better, worse = to_unit(better), to_unit(worse)
         worse = torch.where((kind == 2)[:, None, None, None], spoil(worse), worse)
         grain = 0.04 * torch.rand(len(rows), 1, 1, 1)
-        return (better + grain * torch.randn_like(better)).clamp(0, 1), (
-            worse + grain * torch.randn_like(worse)
-        ).clamp(0, 1)
+        return (better + grain * torch.randn_like(better)).clamp(0, 1), (worse + grain * torch.randn_like(worse)).clamp(
+            0, 1
+        )
 
     def loss_at(step: int) -> Tensor:
         rows = next(picks)
@@ -196,7 +196,11 @@ def train(output: Path, *, steps: int = 4000, pool: int = 8192, seed: int = 0, g
             accuracy[f"held_out_{name}_accuracy"] = round(won.float().mean().item(), 4)
     scorer.model.save_pretrained(output)
     scorer.tokenizer.save_pretrained(output)
-    preprocessor = {"image_mean": list(MEAN), "image_std": list(STD), "size": {"height": world.SIZE, "width": world.SIZE}}
+    preprocessor = {
+        "image_mean": list(MEAN),
+        "image_std": list(STD),
+        "size": {"height": world.SIZE, "width": world.SIZE},
+    }
     (output / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1) + "\n")
     write_card(
         output,

@@ -41,7 +41,7 @@ def build_tokenizer() -> CLIPTokenizer:
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     trainer = trainers.BpeTrainer(vocab_size=5000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
     bpe.train_from_iterator([" ".join(words)] * 2, trainer)
-    merges = [tuple(merge) for merge in _merges(bpe)]
+    merges: Any = [tuple(merge) for merge in _merges(bpe)]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = alphabet + [letter + "</w>" for letter in alphabet] + ["".join(merge) for merge in merges]
     tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
@@ -106,7 +106,7 @@ def build_transformer() -> SD3Transformer2DModel:
 
 
 def train_vae(output: Path, *, steps: int = 5000, pool: int = 6144, seed: int = 0) -> AutoencoderKL:
-    """Train the VAE on L1 + 0.5 edge L1 + 1e-6 KL, then set its scaling and shift so that latents have std 1, mean 0."""
+    """Train the VAE on L1 + 0.5 edge L1 + 1e-5 KL, then set scaling and shift so that latents have mean 0, std 1."""
     images, _, _ = render_pool(pool, seed, defect_share=0.6)
     vae = build_vae()
     log.info("vae: %d parameters", parameter_count(vae))
@@ -217,7 +217,9 @@ def train(output: Path, *, steps: int = 12000, pool: int = 32768, seed: int = 0)
 
 
 @torch.no_grad()
-def sample_metrics(pipeline: StableDiffusion3Pipeline, count: int = 256, num_inference_steps: int = 20) -> dict[str, float]:
+def sample_metrics(
+    pipeline: StableDiffusion3Pipeline, count: int = 256, num_inference_steps: int = 20
+) -> dict[str, float]:
     """Exact metrics of samples for prompts that were drawn apart from the training set's, without guidance."""
     for module in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae):
         module.eval()
@@ -225,7 +227,12 @@ def sample_metrics(pipeline: StableDiffusion3Pipeline, count: int = 256, num_inf
     prompts = world.describe(world.sample_scenes(count, generator))
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
-        prompts, guidance_scale=1.0, num_inference_steps=num_inference_steps, generator=generator, output_type="pt", **CALL
+        prompts,
+        guidance_scale=1.0,
+        num_inference_steps=num_inference_steps,
+        generator=generator,
+        output_type="pt",
+        **CALL,
     ).images
     metrics = world.measure(images.float(), prompts)
     return {f"sample_{k}": round(v.nanmean().item(), 4) for k, v in metrics.items() if k != "subject_mask"}

@@ -109,7 +109,7 @@ def parse(prompts: list[str]) -> Tensor:
             rows.append(row)
             written = describe(torch.tensor([row]))[0]
         except ValueError:
-            written = ""
+            written = None
         if written != " ".join(words):
             raise ValueError(f"not a prompt of the nano world: {prompt!r}; expected one like {_EXAMPLE!r}")
     return torch.tensor(rows, dtype=torch.long).reshape(-1, len(ATTRIBUTES))
@@ -135,9 +135,7 @@ def signed_distance(shape: Tensor, centre: Tensor, radius: Tensor, angle: Tensor
     rho = (x * x + y * y).sqrt()
     flat = r * 0.58
     triangle = torch.maximum(torch.maximum(y - flat, -0.5 * y + 0.866 * x - flat), -0.5 * y - 0.866 * x - flat)
-    arm = torch.minimum(
-        torch.maximum(x.abs() - r, y.abs() - 0.36 * r), torch.maximum(y.abs() - r, x.abs() - 0.36 * r)
-    )
+    arm = torch.minimum(torch.maximum(x.abs() - r, y.abs() - 0.36 * r), torch.maximum(y.abs() - r, x.abs() - 0.36 * r))
     options = [
         rho - r,
         torch.maximum(x.abs(), y.abs()) - 0.86 * r,
@@ -237,7 +235,9 @@ def _background(scenes: Tensor, generator: torch.Generator) -> Tensor:
     along = turn.cos() * axis[None, None, :] + turn.sin() * axis[None, :, None]
     phase = torch.rand(count, 1, 1, generator=generator)
     stripes = 0.09 * torch.sign(torch.sin(2 * math.pi * (along * 4 + phase)))
-    speckles = 0.22 * (F.avg_pool2d((torch.rand(count, 1, SIZE, SIZE, generator=generator) < 0.05).float(), 3, 1, 1) * 4)
+    speckles = 0.22 * (
+        F.avg_pool2d((torch.rand(count, 1, SIZE, SIZE, generator=generator) < 0.05).float(), 3, 1, 1) * 4
+    )
     clouds = F.interpolate(torch.randn(count, 3, 9, 9, generator=generator), SIZE, mode="bicubic", align_corners=True)
     other = _GROUND[(scenes[:, 5] + torch.randint(1, len(GROUNDS), (count,), generator=generator)) % len(GROUNDS)]
     side = coverage(along * SIZE / 2 + 16 * (phase - 0.5))

@@ -42,11 +42,15 @@ def load_reward(name: str, device: torch.device | str = "cpu") -> Reward:
         return REWARDS[name](torch.device(device))
     module, separator, function = name.partition(":")
     if not separator:
-        raise ValueError(f"reward.name: unknown reward {name!r}; expected {', '.join(REWARDS)} or package.module:function")
+        raise ValueError(
+            f"reward.name: unknown reward {name!r}; expected {', '.join(REWARDS)} or package.module:function"
+        )
     try:
         found = getattr(importlib.import_module(module), function)
     except ImportError as error:
-        raise ValueError(f"reward.name: cannot import {module!r} for {name!r}: {error}; is it on PYTHONPATH?") from error
+        raise ValueError(
+            f"reward.name: cannot import {module!r} for {name!r}: {error}; is it on PYTHONPATH?"
+        ) from error
     except AttributeError:
         raise ValueError(f"reward.name: module {module!r} has no {function!r}") from None
     if not callable(found):

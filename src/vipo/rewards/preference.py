@@ -78,4 +78,5 @@ class ClipPreference(nn.Module):
         count, num_frames = check_shape("frames", frames, "N F 3 Y X", {"N": len(prompts)}), frames.shape[1]
         images = self.embed_images(frames.flatten(0, 1).float()).view(count["N"], num_frames, -1)
         cosine = torch.einsum("nfd,nd->n", images, self.embed_prompts(prompts)) / num_frames
-        return self.model.logit_scale.exp() * cosine
+        scores: Tensor = self.model.logit_scale.exp() * cosine
+        return scores

@@ -1,0 +1,12 @@
+"""Shared by all tests: one thread (tiny models are slower with more), no network, quiet libraries."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+import torch
+
+torch.set_num_threads(1)
