@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: install
-	$(BIN)/vipo demo $(ARGS)
+	$(BIN)/vipo demo --overwrite $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest

@@ -54,6 +54,7 @@ def test_overrides_go_through_the_same_parser(tmp_path):
             {"optimizer": {"updates_per_rollout": 9}},
             "optimizer.updates_per_rollout: 9 updates need as many trained steps",
         ),
+        ({"model": {"train": "full", "dtype": "bfloat16"}}, "needs model.autocast=bfloat16"),
         ({"sampling": {"kernel": "ddim", "eta": 1.5}}, "sampling.eta: expected at most 1 for ddim, got 1.5"),
     ],
 )

@@ -149,6 +149,24 @@ def test_bfloat16_autocast_replays_exactly():
     assert drift(policy, rollout(policy, "sd3"))[0] == 0
 
 
+def test_bfloat16_weights_replay_exactly_and_the_adapter_stays_float32():
+    policy = make("flux", build("flux").to(torch.bfloat16), train="lora")
+    assert {p.dtype for p in policy.trainable_parameters().values()} == {torch.float32}
+    traj = rollout(policy, "flux")
+    assert traj.steps[0].latents.dtype == torch.bfloat16
+    assert drift(policy, traj)[0] == 0
+    assert traj.latent_shape == (16, 1, 8, 6)
+
+
+def test_pictures_of_equal_area_have_layouts_of_their_own():
+    """FLUX packs 64x48 and 48x64 into one shape of tokens."""
+    policy = make("flux")
+    tall = rollout(policy, "flux")
+    wide = rollout(policy, "flux", height=48, width=64)
+    assert tall.steps[0].latents.shape == wide.steps[0].latents.shape
+    assert (tall.latent_shape, wide.latent_shape) == ((16, 1, 8, 6), (16, 1, 6, 8))
+
+
 def test_stochastic_steps_may_be_a_window():
     policy = make("sd3", stochastic_steps=[1, 2])
     traj = rollout(policy, "sd3")

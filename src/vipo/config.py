@@ -197,6 +197,11 @@ class Config(Section):
                 f"optimizer.updates_per_rollout: {self.optimizer.updates_per_rollout} updates need as many trained "
                 f"steps, but sampling.num_inference_steps and optimizer.step_fraction leave {trained}"
             )
+        if self.model.train == "full" and self.model.dtype != "float32" and self.model.autocast is None:
+            raise ValueError(
+                f"model.autocast: model.train=full keeps the trained weights in float32, so model.dtype={self.model.dtype} "
+                f"needs model.autocast={self.model.dtype}"
+            )
         if self.sampling.kernel in ("flow_cps", "ddim") and self.sampling.eta > 1:
             raise ValueError(f"sampling.eta: expected at most 1 for {self.sampling.kernel}, got {self.sampling.eta}")
         return self

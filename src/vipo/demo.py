@@ -144,6 +144,7 @@ def run_demo(
     summary = {
         "kind": "demo",
         "seed": seed,
+        "command": f"vipo demo --seed {seed}",
         **versions(),
         "times": {name: round(seconds, 2) for name, seconds in times.items()},
         "metrics": METRICS,

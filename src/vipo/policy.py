@@ -93,7 +93,7 @@ class DiffusersPolicy:
         stochastic_scheduler(self.pipeline.scheduler, self.settings)  # refuse a wrong kernel now
         self.lora = self._prepare_training(train)
         self._reference: nn.Module | None = None
-        self._layouts: dict[tuple[int, ...], tuple[Tensor, tuple[int, int, int, int]]] = {}
+        self._layouts: dict[str, tuple[Tensor, tuple[int, int, int, int]]] = {}
 
     def _prepare_training(self, train: str | LoraConfig) -> bool:
         """Attach the adapter or free the weights; return whether the trained weights are an adapter."""
@@ -297,7 +297,9 @@ class DiffusersPolicy:
         Raises:
             ValueError: the tail is not a permutation with an affine map.
         """
-        if tuple(like.shape) not in self._layouts:
+        # one packed shape may stand for several pictures (48x64 and 64x48), so the call is part of the key
+        key = repr((tuple(like.shape[1:]), sorted((k, v) for k, v in call.items() if isinstance(v, (int, float, str)))))
+        if key not in self._layouts:
 
             def reach(values: Tensor) -> Tensor:
                 sample = values.to(like).expand(like.shape[0], -1).reshape(like.shape)
@@ -318,8 +320,8 @@ class DiffusersPolicy:
                 )
             c, *grid = position.shape
             t, h, w = grid if len(grid) == 3 else (1, *grid)
-            self._layouts[tuple(like.shape)] = (position.flatten(), (c, t, h, w))
-        return self._layouts[tuple(like.shape)]
+            self._layouts[key] = (position.flatten(), (c, t, h, w))
+        return self._layouts[key]
 
     def _latents_at_vae(
         self, prompts: list[str], call: dict[str, Any], encoded: list[Any], prepared: Any, latents: Tensor

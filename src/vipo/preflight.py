@@ -119,7 +119,7 @@ def _replay(policy: DiffusersPolicy, traj: Trajectory) -> Finding:
 
 def _map(trainer: Trainer, frames: Tensor, traj: Trajectory) -> Finding:
     """Two maps with one mean must give different gradients, or the map has no effect."""
-    maps = trainer._maps(frames, traj.latent_shape[1:], 0)
+    maps = trainer.allocation_maps(frames, traj.latent_shape[1:], 0)
     entropy = float(map_statistics(maps)["entropy"])
     gradients = [_gradient(trainer, traj, m) for m in (maps, maps.flip(-1).flip(-2))]
     change = float((gradients[0] - gradients[1]).norm() / gradients[0].norm().clamp_min(1e-30))

@@ -123,7 +123,7 @@ class Trainer:
         with clock("reward"):
             rewards, kept = self._score(frames, batch)
         with clock("map"):
-            maps = self._maps(frames, trajectories[0].latent_shape[1:], iteration)
+            maps = self.allocation_maps(frames, trajectories[0].latent_shape[1:], iteration)
         advantages = torch.zeros_like(rewards)
         advantages[kept] = group_advantages(
             rewards[kept], batch.group_size, std=config.reward.std, clip=config.reward.advantage_clip
@@ -182,7 +182,8 @@ class Trainer:
             )
         return torch.where(bad, torch.zeros_like(rewards), rewards), kept
 
-    def _maps(self, frames: Tensor, grid: tuple[int, ...], iteration: int) -> Tensor:
+    def allocation_maps(self, frames: Tensor, grid: tuple[int, ...], iteration: int) -> Tensor:
+        """Make the configured maps (N, T, H, W) of frames (N, F, 3, Y, X) on a latent grid (T, H, W)."""
         latent_shape = (grid[0], grid[1], grid[2])
         if self.psm is None:
             return torch.ones(len(frames), *latent_shape, device=frames.device)

@@ -1,0 +1,160 @@
+"""The command line as a user runs it: subprocesses for the main road, `main` itself for the table of bad inputs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from vipo.cli import main
+
+SMALL = [
+    "--prompts.per_iteration=1",
+    "--prompts.group_size=2",
+    "--sampling.num_inference_steps=3",
+    "--run.iterations=2",
+]
+
+
+def run(*arguments, cwd=None):
+    environment = {**os.environ, "COLUMNS": "140", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "vipo", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, env=environment
+    )
+
+
+def fails(capsys, *arguments):
+    """Run `main`, expect exit code 2 and return the one-line error."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(a) for a in arguments])
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+def test_help_is_complete_and_fast():
+    for command in ("demo", "train", "check", "report"):
+        helped = run(command, "--help")
+        assert helped.returncode == 0 and "usage: vipo" in helped.stdout, helped.stderr
+    keys = run("train", "--help").stdout
+    assert "--loss.clip_range=0.1" in keys and "--prompts.group_size=8" in keys
+    top = run("--help").stdout
+    assert all(f"vipo {command}" in top for command in ("demo", "train", "check", "report"))
+    imported = "import sys, vipo.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", imported], check=False).returncode == 0
+
+
+def test_train_check_report_resume(tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"run: {{output: {tmp_path / 'run'}, save_every: 1, sample_every: 1}}\n")
+    checked = run("check", config, *SMALL)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert checked.stdout.rstrip().endswith("go")
+    assert "differ from the rollout's by at most 0 nats" in checked.stdout
+    assert not (tmp_path / "run").exists()
+    trained = run("train", config, *SMALL)
+    assert trained.returncode == 0, trained.stderr
+    assert "Traceback" not in trained.stderr and "Warning" not in trained.stderr
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "reward" in page
+    again = run("train", config, *SMALL)
+    assert again.returncode == 2
+    assert "already holds a run; give --resume, --overwrite" in again.stderr
+    resumed = run("train", config, *SMALL, "--run.iterations=3", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3]
+    assert run("report", tmp_path / "run").stdout.strip() == str(tmp_path / "run" / "report.html")
+
+
+def test_demo_runs_and_repeats_bit_for_bit(tmp_path):
+    summaries = []
+    for name in ("a", "b"):
+        done = run("demo", "-o", tmp_path / name, "--iterations", 2, "--prompts", 8)
+        assert done.returncode == 0, done.stderr
+        assert "ViPO - GRPO" in done.stdout and "report.html" in done.stdout
+        summaries.append(json.loads((tmp_path / name / "summary.json").read_text()))
+    first, second = summaries
+    for key in ("evaluation", "differences", "curves", "metrics", "notes"):
+        assert first[key] == second[key], key
+    samples = [{k: v for k, v in s.items() if k in ("prompt", "reward")} for s in first["samples"]]
+    assert samples == [{k: v for k, v in s.items() if k in ("prompt", "reward")} for s in second["samples"]]
+    grpo, vipo = first["curves"]["grpo"], first["curves"]["vipo"]
+    assert grpo["reward_mean"][0] == vipo["reward_mean"][0]  # same weights, prompts and seeds
+    assert grpo["reward_mean"][1] != vipo["reward_mean"][1]
+    for name in ("base", "grpo", "vipo"):
+        assert set(first["evaluation"][name]) == {m["name"] for m in first["metrics"]}
+    page = (tmp_path / "a" / "report.html").read_text()
+    assert f"{first['evaluation']['vipo']['reward']['mean']:.3f}"[:4] in page
+    assert 'src="http' not in page and 'href="http' not in page
+
+
+BAD_CONFIGS = [
+    ("modle: {path: nano}", [], "modle: unknown key; did you mean model?"),
+    ("prompts: {groupsize: 4}", [], "did you mean prompts.group_size?"),
+    ("prompts: {group_size: eight}", [], "prompts.group_size: expected a valid integer"),
+    ("prompts: {group_size: 1}", [], "prompts.group_size: expected greater than or equal to 2, got 1"),
+    ("", ["--loss.levle=sample"], "loss.levle: unknown key; did you mean loss.level?"),
+    ("", ["--frobnicate"], "--frobnicate: expected --section.key=value"),
+    ("reward: {name: hps}", [], "unknown reward 'hps'; expected nano, redness or package.module:function"),
+    ("model: {path: ./no/such/folder}", [], "pipeline: no such folder: ./no/such/folder"),
+    ("prompts: {path: none.txt}", [], "prompts.path: no such file: none.txt"),
+    ("map: {backbone: ./nowhere}", [], "./nowhere"),
+    ("sampling: {kernel: ddim}", [], "is a flow scheduler; expected one of flow_grpo, dance_grpo, flow_cps"),
+]
+
+
+@pytest.mark.parametrize(("text", "overrides", "message"), BAD_CONFIGS)
+def test_bad_configs_are_one_clear_line_and_write_nothing(tmp_path, monkeypatch, capsys, text, overrides, message):
+    monkeypatch.chdir(tmp_path)
+    Path("bad.yaml").write_text(text)
+    error = fails(capsys, "train", "bad.yaml", *overrides)
+    assert message in error
+    assert error.startswith("vipo: error: ") and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
+
+
+@pytest.mark.parametrize(("content", "message"), [(b"", "is empty"), (b"caf\xe9", "is not UTF-8")])
+def test_bad_prompt_files(tmp_path, monkeypatch, capsys, content, message):
+    monkeypatch.chdir(tmp_path)
+    Path("p.txt").write_bytes(content)
+    Path("run.yaml").write_text("prompts: {path: p.txt}")
+    assert message in fails(capsys, "train", "run.yaml")
+    assert not Path("runs").exists()
+
+
+def test_other_bad_input(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "config: no such file: none.yaml" in fails(capsys, "train", "none.yaml")
+    assert "unrecognized arguments: --foo" in fails(capsys, "demo", "--foo")
+    assert "--iterations: expected at least 1" in fails(capsys, "demo", "--iterations", "0")
+    Path("run.yaml").write_text("")
+    assert "holds no run" in fails(capsys, "train", "run.yaml", "--resume")
+    assert "report" in fails(capsys, "report", "nothing")
+    Path("demo").mkdir()
+    Path("demo/thesis.txt").write_text("precious")
+    assert "is not empty and holds no run" in fails(capsys, "demo", "-o", "demo", "--overwrite")
+    assert Path("demo/thesis.txt").read_text() == "precious"
+
+
+def test_a_nan_reward_names_the_sample_and_loses_nothing(tmp_path, monkeypatch, capsys):
+    (tmp_path / "bad_reward.py").write_text(
+        "import torch\n\n\ndef nan(frames, prompts):\n    return torch.full((len(frames),), float('nan'))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("run.yaml").write_text("reward: {name: 'bad_reward:nan'}\nrun: {output: out}\n")
+    error = fails(capsys, "train", "run.yaml", *SMALL)
+    assert "reward 'bad_reward:nan' returned nan for sample 0 of 2, prompt" in error
+    assert "reward.on_failure=drop" in error
+
+
+def test_check_says_no_go_when_the_map_cannot_act(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(f"loss: {{level: sample}}\nrun: {{output: {tmp_path / 'out'}}}\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["check", str(tmp_path / "run.yaml"), "--sampling.num_inference_steps=3"])
+    assert caught.value.code == 2
+    assert "no-go: map" in capsys.readouterr().out

@@ -1,0 +1,97 @@
+"""The embedded models: they load offline through the usual classes, are small, and are what their cards say."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vipo import DiffusersPolicy, PerceptualStructuring
+from vipo.nano import ASSETS, world
+from vipo.psm import FrozenBackbone
+from vipo.rewards import ClipPreference, score
+
+
+def foreground_auc(maps, masks):
+    """Chance that a subject position outweighs a background position, per picture: (n,)."""
+    values, subject = maps.flatten(1), masks.flatten(1) > 0.5
+    ranks = values.argsort(1).argsort(1).float() + 1
+    positive, negative = subject.sum(1), (~subject).sum(1)
+    return ((ranks * subject).sum(1) - positive * (positive + 1) / 2) / (positive * negative).clamp_min(1)
+
+
+def drawings(count=96):
+    generator = torch.Generator().manual_seed(5)
+    rows = world.sample_scenes(count, generator)
+    return rows, world.render(rows, generator)
+
+
+def test_assets_are_small_safe_and_documented():
+    files = [path for path in ASSETS.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 20e6
+    assert not [path for path in files if path.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")]
+    for part in ("t2i", "t2i/vae", "backbone", "scorer"):
+        facts = json.loads((ASSETS / part / "training.json").read_text())
+        assert {"data", "steps", "seconds", "parameters"} <= set(facts)
+        assert (ASSETS / part / "README.md").read_text().startswith("# ")
+
+
+def test_maps_find_the_subject_and_a_trained_backbone_does_so_better_than_a_random_one():
+    rows, drawing = drawings(192)
+    masks = F.adaptive_avg_pool2d(drawing.masks[:, None], 16)[:, 0]
+    trained = FrozenBackbone.from_pretrained("nano")
+    torch.manual_seed(0)
+    random = FrozenBackbone(type(trained.model)(trained.model.config).eval(), mean=(0.5,) * 3, std=(0.25,) * 3)
+    auc = {}
+    for name, backbone in (("trained", trained), ("random", random)):
+        for rule in ("border_energy", "library"):
+            maps = PerceptualStructuring(backbone, orientation=rule)(drawing.images[:, None], latent_shape=(1, 16, 16))
+            auc[name, rule] = foreground_auc(maps[:, 0], masks)
+    assert auc["trained", "border_energy"].mean() > 0.98
+    assert auc["trained", "library"].mean() < 0.7  # the released code's rule puts the ground on top half of the time
+    split = rows[:, world.COLUMN["pattern"]] == world.PATTERNS.index("split")
+    gain = auc["trained", "border_energy"] - auc["random", "border_energy"]
+    assert gain.mean() > 0.02 and gain[split].mean() > 0.05
+
+
+@pytest.mark.parametrize("defect", world.DEFECTS[1:])
+def test_scorer_prefers_the_clean_picture(defect):
+    scorer = ClipPreference.from_pretrained("nano")
+    rows, _ = drawings(96)
+    prompts = world.describe(rows)
+    clean = world.render(rows, torch.Generator().manual_seed(1)).images
+    faulty = torch.full((96,), world.DEFECTS.index(defect))
+    spoiled = world.render(rows, torch.Generator().manual_seed(1), faulty).images
+    won = score(scorer, clean[:, None], prompts) > score(scorer, spoiled[:, None], prompts)
+    assert won.float().mean() > 0.75
+
+
+def test_scorer_reads_the_prompt():
+    scorer = ClipPreference.from_pretrained("nano")
+    rows, drawing = drawings(96)
+    wrong = rows.clone()
+    wrong[:, world.COLUMN["colour"]] = (wrong[:, world.COLUMN["colour"]] + 2) % len(world.COLOURS)
+    right = score(scorer, drawing.images[:, None], world.describe(rows))
+    assert (right > score(scorer, drawing.images[:, None], world.describe(wrong))).float().mean() > 0.9
+
+
+def test_pipeline_draws_what_the_prompt_says():
+    policy = DiffusersPolicy("nano", kernel="dance_grpo", eta=0.5)
+    rows, _ = drawings(48)
+    prompts = world.describe(rows)
+    frames = policy.generate(prompts, seeds=list(range(48)), num_inference_steps=8, guidance_scale=1.0)
+    ours = world.measure(frames[:, 0], prompts)
+    shuffled = world.measure(frames[:, 0], prompts[1:] + prompts[:1])
+    assert ours["colour_error"].mean() < 0.6 * shuffled["colour_error"].mean()
+    assert ours["shape_iou"].mean() > 0.5
+
+
+def test_replay_equals_rollout_on_the_nano_pipeline():
+    policy = DiffusersPolicy("nano", kernel="dance_grpo", eta=0.5)
+    traj = policy.rollout(
+        ["a small red star at the top on a plain gray background"] * 2, seeds=[1, 2], num_inference_steps=4
+    )
+    drift = []
+    policy.replay(traj, on_step=lambda k, new, old: drift.append((new - old).abs().max().item()))
+    assert drift == [0.0, 0.0, 0.0]
+    assert traj.latent_shape == (4, 1, 16, 16)
