@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "vipo"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     {"types", "nano"},
-    {"kernels", "advantages", "losses", "psm", "config", "prompts"},
+    {"kernels", "advantages", "losses", "psm", "config", "prompts", "loading"},
     {"scheduler", "rewards"},
     {"policy"},
     {"checkpoint", "runlog", "evaluation", "report"},

@@ -78,6 +78,12 @@ class SamplingConfig(Section):
     micro_batch: Positive | None = None
     """Samples per rollout and replay call; null for all samples of an iteration at once. Lower it to save memory."""
 
+    @property
+    def pipeline_call(self) -> dict[str, Any]:
+        """Keywords of the pipeline's call; what is null is left to the pipeline."""
+        given = {"guidance_scale": self.guidance_scale, "height": self.height, "width": self.width}
+        return {**{key: value for key, value in given.items() if value is not None}, **self.call}
+
 
 class PromptsConfig(Section):
     """Which prompts, and how they form groups."""
@@ -199,8 +205,8 @@ class Config(Section):
             )
         if self.model.train == "full" and self.model.dtype != "float32" and self.model.autocast is None:
             raise ValueError(
-                f"model.autocast: model.train=full keeps the trained weights in float32, so model.dtype={self.model.dtype} "
-                f"needs model.autocast={self.model.dtype}"
+                "model.autocast: model.train=full keeps the trained weights in float32, so "
+                f"model.dtype={self.model.dtype} needs model.autocast={self.model.dtype}"
             )
         if self.sampling.kernel in ("flow_cps", "ddim") and self.sampling.eta > 1:
             raise ValueError(f"sampling.eta: expected at most 1 for {self.sampling.kernel}, got {self.sampling.eta}")

@@ -20,7 +20,7 @@ from .prompts import read_prompts
 from .psm import PerceptualStructuring
 from .report import render_report
 from .rewards.preference import ClipPreference
-from .runlog import CONFIG, open_run, overlay, read_metrics, to_image, write_atomically, write_summary
+from .runlog import CONFIG, open_run, overlay, read_metrics, sheet, to_image, write_atomically, write_summary
 from .trainer import Trainer, versions
 
 METHODS = {"grpo": "Scalar GRPO", "vipo": "ViPO"}
@@ -120,7 +120,7 @@ def run_demo(
             measures,
             on_batch=on_batch,
             num_inference_steps=sampling.num_inference_steps,
-            guidance_scale=sampling.guidance_scale,
+            **sampling.pipeline_call,
         )
         times["evaluate"] += time.perf_counter() - begun
 
@@ -222,6 +222,8 @@ def _save_samples(
         **{name: f[:count, 0] for name, f in frames.items()},
         "map": overlay(frames["vipo"][:count, 0], maps[:, 0]),
     }
+    overview = sheet(torch.cat([pictures[:8] for pictures in shown.values()]), columns=8)  # rows: base, GRPO, ViPO, map
+    overview.resize((2 * overview.width, 2 * overview.height)).save(output / "images" / "overview.png")
     samples = []
     for i, prompt in enumerate(prompts[:count]):
         entry: dict[str, Any] = {"prompt": prompt}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -21,16 +20,14 @@ from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
 from .kernels import Gaussian, gaussian_log_prob
+from .loading import load_pipeline, save_pipeline
 from .losses import reference_kl
-from .nano import resolve
 from .scheduler import Recording, SamplerSettings, Scoring, Transition, stochastic_scheduler
 from .types import Trajectory
 
 OnStep = Callable[..., None]
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 """Attention projections of diffusers' transformers and U-Nets; the names that a model lacks match nothing."""
-CALL_FILE = "vipo.json"
-"""Optional file in a pipeline folder: {"call": {...}}, keywords that every call of this pipeline needs."""
 _DIGIT = 32  # layout probes are written in base 32: small integers survive bfloat16 and the pipeline's affine scaling
 
 
@@ -358,44 +355,6 @@ class DiffusersPolicy:
 def to_grid(values: Tensor, traj: Trajectory) -> Tensor:
     """Put per-element values from the pipeline's own layout onto the latent grid: (N, C, T, H, W)."""
     return values.flatten(1)[:, traj.layout].view(-1, *traj.latent_shape)
-
-
-def save_pipeline(pipeline: DiffusionPipeline, folder: Path, call: dict[str, Any]) -> None:
-    """Write a whole pipeline, and the keywords its calls need, so that `from_pretrained(folder)` loads it."""
-    pipeline.save_pretrained(folder)
-    index = json.loads((folder / "model_index.json").read_text())
-    absent = {name: [None, None] for name, component in pipeline.components.items() if component is None}
-    (folder / "model_index.json").write_text(
-        json.dumps({**absent, **index}, indent=2) + "\n"
-    )  # diffusers leaves them out
-    if call:
-        (folder / CALL_FILE).write_text(json.dumps({"call": call}) + "\n")
-
-
-def load_pipeline(name: str | Path, dtype: torch.dtype | None = None) -> tuple[DiffusionPipeline, dict[str, Any]]:
-    """Load a pipeline ("nano", a folder or a hub id; safetensors only) and the keywords its calls need.
-
-    Raises:
-        ValueError: there is no such folder or hub id, or it holds no pipeline.
-    """
-    path = resolve(str(name), "t2i")
-    folder = Path(path)
-    local = folder.is_dir()
-    if local and not (folder / "model_index.json").is_file():
-        raise ValueError(f"pipeline: no model_index.json in {folder}; expected a folder written by save_pretrained")
-    if not local and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
-        raise ValueError(f"pipeline: no such folder: {path}; give a folder, a hub id like owner/name, or nano")
-    index = json.loads((folder / "model_index.json").read_text()) if local else {}
-    absent = {name: None for name, entry in index.items() if entry == [None, None]}  # such as SD3's T5
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            path, dtype=dtype or torch.float32, use_safetensors=True, local_files_only=local, **absent
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"pipeline: cannot load {path}: {str(error).strip().splitlines()[0]}") from error
-    settings = folder / CALL_FILE
-    call = json.loads(settings.read_text())["call"] if local and settings.is_file() else {}
-    return pipeline, call
 
 
 def _frames(output: Any) -> Tensor:

@@ -62,14 +62,12 @@ def preflight(config: Config) -> list[Finding]:
         )
     )
     pair = [prompts[0]] * 2
-    call = {
-        key: value
-        for key in ("guidance_scale", "height", "width")
-        if (value := getattr(config.sampling, key)) is not None
-    }
     started = time.perf_counter()
     traj = policy.rollout(
-        pair, seeds=[1, 2], num_inference_steps=config.sampling.num_inference_steps, **call, **config.sampling.call
+        pair,
+        seeds=[1, 2],
+        num_inference_steps=config.sampling.num_inference_steps,
+        **config.sampling.pipeline_call,
     )
     rollout = time.perf_counter() - started
     c, t, h, w = traj.latent_shape
@@ -82,6 +80,8 @@ def preflight(config: Config) -> list[Finding]:
         Finding("reward", finite, f"{config.reward.name}: {', '.join(f'{r:.3f}' for r in rewards.tolist())}")
     )
     findings.append(_map(trainer, frames, traj))
+    if not finite:
+        return findings
     started = time.perf_counter()
     trainer.step(0)
     seconds = (time.perf_counter() - started) * config.num_samples / 2
@@ -93,7 +93,7 @@ def preflight(config: Config) -> list[Finding]:
         Finding(
             "one step",
             True,
-            f"about {seconds:.1f} s per iteration of {config.num_samples} samples, "
+            f"at most {seconds:.1f} s per iteration of {config.num_samples} samples, "
             f"{seconds * config.run.iterations / 60:.0f} min for {config.run.iterations}; {memory}",
         )
     )

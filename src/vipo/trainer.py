@@ -146,10 +146,6 @@ class Trainer:
 
     def _rollout(self, batch: PromptBatch) -> list[Trajectory]:
         sampling = self.config.sampling
-        call = dict(sampling.call)
-        for key in ("guidance_scale", "height", "width"):
-            if getattr(sampling, key) is not None:
-                call[key] = getattr(sampling, key)
         size = sampling.micro_batch or len(batch.prompts)
         return [
             self.policy.rollout(
@@ -157,7 +153,7 @@ class Trainer:
                 seeds=batch.seeds[i : i + size],
                 initial_seeds=batch.initial_seeds[i : i + size],
                 num_inference_steps=sampling.num_inference_steps,
-                **call,
+                **sampling.pipeline_call,
             )
             for i in range(0, len(batch.prompts), size)
         ]

@@ -11,14 +11,15 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers import StableDiffusion3Pipeline
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
-from ..policy import load_pipeline
+from ..loading import load_pipeline
 from ..rewards.preference import ClipPreference
 from . import world
 from .pretrain import batches, fit, parameter_count, to_unit, write_card
@@ -27,6 +28,7 @@ from .pretrain_t2i import CALL, TOKENS, build_tokenizer
 log = logging.getLogger("vipo.nano.pretrain")
 KINDS = ("defect", "wrong_word", "artefact", "generated")
 MEAN, STD = (0.5,) * 3, (0.25,) * 3
+PATCH = 8
 
 
 def build_scorer() -> ClipPreference:
@@ -48,7 +50,7 @@ def build_scorer() -> ClipPreference:
         num_hidden_layers=4,
         num_attention_heads=4,
         image_size=world.SIZE,
-        patch_size=8,
+        patch_size=PATCH,
     )
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64)
     return ClipPreference(CLIPModel(config), tokenizer, MEAN, STD)
@@ -93,21 +95,38 @@ def spoil(images: Tensor) -> Tensor:
     return (images + strength * (chosen - images)).clamp(0, 1)
 
 
-def render_pairs(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Render better pictures, the same with a defect of random strength, and with a changed word: uint8; and scenes."""
+class Pairs(NamedTuple):
+    """A pool of rendered pairs; pictures uint8 (n, 3, 64, 64), masks (n, 64), scenes (n, 7)."""
+
+    clean: Tensor
+    faulty: Tensor
+    wrong: Tensor
+    masks: Tensor
+    scenes: Tensor
+    wrong_scenes: Tensor
+
+
+def render_pairs(count: int, seed: int) -> Pairs:
+    """Render pictures, the same with a defect of random strength, and the same pose with a changed word."""
     generator = torch.Generator().manual_seed(seed)
-    parts: list[tuple[Tensor, ...]] = []
+    parts: list[Pairs] = []
     for start in range(0, count, 512):
         scenes = world.sample_scenes(min(512, count - start), generator)
         pose = seed * 7919 + start
         defects = torch.randint(1, len(world.DEFECTS), (len(scenes),), generator=generator)
-        clean = world.render(scenes, torch.Generator().manual_seed(pose)).images
+        clean, masks = world.render(scenes, torch.Generator().manual_seed(pose))
         faulty = world.render(scenes, torch.Generator().manual_seed(pose), defects).images
-        strength = (0.3 + 0.7 * torch.rand(len(scenes), 1, 1, 1, generator=generator)).clamp(max=1)
-        wrong = world.render(change_word(scenes, generator), torch.Generator().manual_seed(pose)).images
-        parts.append((to_bytes(clean), to_bytes(clean + strength * (faulty - clean)), to_bytes(wrong), scenes))
-    clean, faulty, wrong, scenes = (torch.cat(column) for column in zip(*parts, strict=True))
-    return clean, faulty, wrong, scenes
+        strength = 0.3 + 0.7 * torch.rand(len(scenes), 1, 1, 1, generator=generator)
+        changed = change_word(scenes, generator)
+        wrong = world.render(changed, torch.Generator().manual_seed(pose)).images
+        spoiled = to_bytes(clean + strength * (faulty - clean))
+        parts.append(Pairs(to_bytes(clean), spoiled, to_bytes(wrong), patch_mean(masks[:, None]), scenes, changed))
+    return Pairs(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def patch_mean(pictures: Tensor) -> Tensor:
+    """Mean over the scorer's 8x8 patches and over channels: (n, 64)."""
+    return F.avg_pool2d(pictures.mean(1, keepdim=True), PATCH).flatten(1)
 
 
 def to_bytes(images: Tensor) -> Tensor:
@@ -141,7 +160,30 @@ def generate(pipeline: StableDiffusion3Pipeline, prompts: list[str], steps: int,
     return to_bytes(torch.cat(done))
 
 
-def train(output: Path, *, steps: int = 4000, pool: int = 8192, seed: int = 0, generator: Path | None = None) -> None:
+class Teacher(nn.Module):
+    """Auxiliary heads that speed up the vision tower; they see the world's truth and are thrown away afterwards.
+
+    The CLS token names the drawn words; every patch tells how much of it the subject covers and how faulty it is.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.words = nn.ModuleDict({name: nn.Linear(width, len(words)) for name, words in world.ATTRIBUTES.items()})
+        self.patches = nn.Linear(width, 2)
+
+    def forward(self, tokens: Tensor, scenes: Tensor, masks: Tensor, faults: Tensor, known: Tensor) -> Tensor:
+        """Loss of tokens (n, 65, D) where `known` (n,) is 1; scenes (n, 7), masks and faults (n, 64) in [0, 1]."""
+        names = enumerate(world.ATTRIBUTES)
+        words = sum(
+            F.cross_entropy(self.words[name](tokens[:, 0]), scenes[:, i], reduction="none") for i, name in names
+        )
+        patches = F.binary_cross_entropy_with_logits(
+            self.patches(tokens[:, 1:]), torch.stack([masks, faults], -1), reduction="none"
+        ).mean((1, 2))
+        return ((0.1 * words + 2 * patches) * known).sum() / known.sum()
+
+
+def train(output: Path, *, steps: int = 4000, pool: int = 5120, seed: int = 0, generator: Path | None = None) -> None:
     """Train the scorer against samples of an early and of the latest checkpoint of `generator`, a t2i output folder."""
     if generator is None:
         raise ValueError("--generator: the scorer needs the output folder of `pretrain t2i`, with its steps/")
@@ -149,49 +191,55 @@ def train(output: Path, *, steps: int = 4000, pool: int = 8192, seed: int = 0, g
     pipelines = [load_pipeline(path)[0] for path in (checkpoints[0], checkpoints[-1])]
     scorer = build_scorer()
     scorer.model.requires_grad_(True)
+    teacher = Teacher(scorer.model.config.vision_config.hidden_size)
     log.info("scorer: %d parameters; generators %s", parameter_count(scorer), [p.name for p in checkpoints])
-    clean, faulty, wrong, scenes = render_pairs(pool, seed + 5)
-    prompts = world.describe(scenes)
+    pairs = render_pairs(pool, seed + 5)
+    prompts = world.describe(pairs.scenes)
     parts = [prompts[i : i + 256] for i in range(0, pool, 256)]
     generated = torch.cat(
         [generate(pipelines[i % 2], part, (4, 8, 6)[i % 3], seed + i) for i, part in enumerate(parts)]
     )
-    log.info("scorer: pairs rendered and generated")
-    decoded = through_vae(clean, pipelines[0])
-    faulty_decoded = through_vae(faulty, pipelines[0])
+    decoded, faulty_decoded = through_vae(pairs.clean, pipelines[0]), through_vae(pairs.faulty, pipelines[0])
+    log.info("scorer: pairs rendered, generated and decoded")
     held = 512
     picks = batches(pool - held, 32, torch.Generator().manual_seed(seed))
 
-    def pairs(rows: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
-        traced = torch.rand(len(rows)) < 0.6
-        better = torch.where(traced[:, None, None, None], decoded[rows], clean[rows])
-        defect = torch.where(traced[:, None, None, None], faulty_decoded[rows], faulty[rows])
-        worse = torch.stack([defect, wrong[rows], better, generated[rows]])[kind, torch.arange(len(rows))]
+    def draw(rows: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
+        """Better and worse pictures (n, 3, 64, 64) of the pairs' kinds."""
+        traced = (torch.rand(len(rows)) < 0.6)[:, None, None, None]
+        better = torch.where(traced, decoded[rows], pairs.clean[rows])
+        defect = torch.where(traced, faulty_decoded[rows], pairs.faulty[rows])
+        worse = torch.stack([defect, pairs.wrong[rows], better, generated[rows]])[kind, torch.arange(len(rows))]
         better, worse = to_unit(better), to_unit(worse)
         worse = torch.where((kind == 2)[:, None, None, None], spoil(worse), worse)
         grain = 0.04 * torch.rand(len(rows), 1, 1, 1)
-        return (better + grain * torch.randn_like(better)).clamp(0, 1), (worse + grain * torch.randn_like(worse)).clamp(
-            0, 1
-        )
+        better = (better + grain * torch.randn_like(better)).clamp(0, 1)
+        return better, (worse + grain * torch.randn_like(worse)).clamp(0, 1)
 
     def loss_at(step: int) -> Tensor:
         rows = next(picks)
         kind = torch.multinomial(torch.tensor([0.4, 0.3, 0.15, 0.15]), len(rows), replacement=True)
-        better, worse = pairs(rows, kind)
+        better, worse = draw(rows, kind)
         words = [prompts[row] for row in rows.tolist()]
+        changed = (kind == 1)[:, None]
+        drawn = torch.cat([pairs.scenes[rows], torch.where(changed, pairs.wrong_scenes[rows], pairs.scenes[rows])])
+        fault = (6 * patch_mean((worse - better).abs())).clamp(max=1) * ~changed
+        faults, masks = torch.cat([torch.zeros_like(fault), fault]), pairs.masks[rows].repeat(2, 1)
+        known = torch.cat([torch.ones(len(rows)), ((kind == 0) | (kind == 2)).float()])
         with torch.autocast("cpu", torch.bfloat16):
-            scores = scorer(torch.cat([better, worse])[:, None], words + words).float()
-        first, second = scores.chunk(2)
-        return F.softplus(second - first).mean() + 1e-3 * scores.square().mean()
+            tokens, images = scorer.tokens_and_embeddings(torch.cat([better, worse]))
+            hints = teacher(tokens.float(), drawn, masks, faults, known)
+        first, second = scorer.compare(images[:, None], words + words).chunk(2)
+        return F.softplus(second - first).mean() + 1e-3 * torch.cat([first, second]).square().mean() + 0.3 * hints
 
-    facts = fit([scorer.model], loss_at, steps=steps, learning_rate=1e-3, weight_decay=0.05, average=0.999)
+    facts = fit([scorer.model, teacher], loss_at, steps=steps, learning_rate=1.5e-3, weight_decay=0.05, average=0.999)
     scorer.model.eval()
     accuracy = {}
     with torch.no_grad():
         rows = torch.arange(pool - held, pool)
         words = [prompts[row] for row in rows.tolist()]
         for index, name in enumerate(KINDS):
-            better, worse = pairs(rows, torch.full((held,), index))
+            better, worse = draw(rows, torch.full((held,), index))
             won = scorer(better[:, None], words) > scorer(worse[:, None], words)
             accuracy[f"held_out_{name}_accuracy"] = round(won.float().mean().item(), 4)
     scorer.model.save_pretrained(output)
@@ -210,7 +258,7 @@ def train(output: Path, *, steps: int = 4000, pool: int = 8192, seed: int = 0, g
             "parameters": parameter_count(scorer),
             "data": f"{pool} procedural pictures in pairs: defects, wrong words, artefacts, generated; batch 32 pairs",
             "generators": ", ".join(f"t2i step {path.name}" for path in (checkpoints[0], checkpoints[-1])),
-            "objective": "logistic loss on the difference of scores",
+            "objective": "logistic loss on the difference of scores; auxiliary heads for words, subject and faults",
             **accuracy,
             **facts,
         },

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from ..policy import save_pipeline
+from ..loading import save_pipeline
 from . import world
 from .pretrain import batches, fit, parameter_count, render_pool, to_unit, write_card
 

@@ -57,13 +57,14 @@ class ClipPreference(nn.Module):
         mean, std = pixel_statistics(path)
         return cls(model, tokenizer, mean, std).to(device)
 
-    def embed_images(self, images: Tensor) -> Tensor:
-        """Images (n, 3, Y, X) in [0, 1] -> unit vectors (n, D)."""
+    def tokens_and_embeddings(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (n, 3, Y, X) in [0, 1] -> vision tokens (n, 1 + patches, width) and unit vectors (n, D)."""
         side = self.model.config.vision_config.image_size
         if images.shape[-2:] != (side, side):
             images = F.interpolate(images, (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-        pooled = self.model.vision_model(pixel_values=(images - self.mean) / self.std).pooler_output
-        return F.normalize(self.model.visual_projection(pooled), dim=-1)
+        output = self.model.vision_model(pixel_values=(images - self.mean) / self.std)
+        embeddings = self.model.visual_projection(output.pooler_output)
+        return output.last_hidden_state, F.normalize(embeddings.float(), dim=-1)
 
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
         """Prompts -> unit vectors (n, D)."""
@@ -71,12 +72,16 @@ class ClipPreference(nn.Module):
         pooled = self.model.text_model(
             input_ids=tokens.input_ids.to(self.mean.device), attention_mask=tokens.attention_mask.to(self.mean.device)
         ).pooler_output
-        return F.normalize(self.model.text_projection(pooled), dim=-1)
+        return F.normalize(self.model.text_projection(pooled).float(), dim=-1)
+
+    def compare(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Score image vectors (N, F, D) of N clips against their prompts: (N,), the mean over frames."""
+        cosine = torch.einsum("nfd,nd->nf", images, self.embed_prompts(prompts)).mean(1)
+        scores: Tensor = self.model.logit_scale.exp() * cosine
+        return scores
 
     def forward(self, frames: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score frames (N, F, 3, Y, X) in [0, 1] for N prompts: (N,) float32."""
-        count, num_frames = check_shape("frames", frames, "N F 3 Y X", {"N": len(prompts)}), frames.shape[1]
-        images = self.embed_images(frames.flatten(0, 1).float()).view(count["N"], num_frames, -1)
-        cosine = torch.einsum("nfd,nd->n", images, self.embed_prompts(prompts)) / num_frames
-        scores: Tensor = self.model.logit_scale.exp() * cosine
-        return scores
+        check_shape("frames", frames, "N F 3 Y X", {"N": len(prompts)})
+        _, images = self.tokens_and_embeddings(frames.flatten(0, 1).float())
+        return self.compare(images.unflatten(0, frames.shape[:2]), prompts)

@@ -1,0 +1,53 @@
+"""Load and save `diffusers` pipelines: by hub id, by folder, or "nano"."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from .nano import resolve
+
+CALL_FILE = "vipo.json"
+"""Optional file in a pipeline folder: {"call": {...}}, keywords that every call of this pipeline needs."""
+
+
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path, call: dict[str, Any]) -> None:
+    """Write a whole pipeline, and the keywords its calls need, so that `from_pretrained(folder)` loads it."""
+    pipeline.save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    absent = {name: [None, None] for name, component in pipeline.components.items() if component is None}
+    (folder / "model_index.json").write_text(
+        json.dumps({**absent, **index}, indent=2) + "\n"
+    )  # diffusers leaves them out
+    if call:
+        (folder / CALL_FILE).write_text(json.dumps({"call": call}) + "\n")
+
+
+def load_pipeline(name: str | Path, dtype: torch.dtype | None = None) -> tuple[DiffusionPipeline, dict[str, Any]]:
+    """Load a pipeline ("nano", a folder or a hub id; safetensors only) and the keywords its calls need.
+
+    Raises:
+        ValueError: there is no such folder or hub id, or it holds no pipeline.
+    """
+    path = resolve(str(name), "t2i")
+    folder = Path(path)
+    local = folder.is_dir()
+    if local and not (folder / "model_index.json").is_file():
+        raise ValueError(f"pipeline: no model_index.json in {folder}; expected a folder written by save_pretrained")
+    if not local and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
+        raise ValueError(f"pipeline: no such folder: {path}; give a folder, a hub id like owner/name, or nano")
+    index = json.loads((folder / "model_index.json").read_text()) if local else {}
+    absent = {name: None for name, entry in index.items() if entry == [None, None]}  # such as SD3's T5
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            path, dtype=dtype or torch.float32, use_safetensors=True, local_files_only=local, **absent
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"pipeline: cannot load {path}: {str(error).strip().splitlines()[0]}") from error
+    settings = folder / CALL_FILE
+    call = json.loads(settings.read_text())["call"] if local and settings.is_file() else {}
+    return pipeline, call
