@@ -1,8 +1,11 @@
 """The config: one strict parser for YAML and overrides; errors name the key, what was expected, the nearest key."""
 
+from pathlib import Path
+
 import pytest
 import yaml
 
+import vipo
 from vipo.config import Config, fields
 
 
@@ -106,3 +109,16 @@ def test_every_key_is_documented_and_frozen():
         yaml.safe_load(default)
     with pytest.raises(ValueError, match="frozen"):
         Config().run.seed = 3
+
+
+@pytest.mark.parametrize("path", sorted((Path(vipo.__file__).parent / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_is_a_valid_config(path):
+    config = Config.from_yaml(path)
+    assert config.run.output != Config().run.output
+
+
+def test_the_nano_recipes_differ_in_map_and_level_only():
+    recipes = Path(vipo.__file__).parent / "recipes"
+    grpo, vipo_ = (Config.from_yaml(recipes / f"nano_{name}.yaml").model_dump() for name in ("grpo", "vipo"))
+    differing = {(s, k) for s in grpo for k in grpo[s] if grpo[s][k] != vipo_[s][k]}
+    assert differing == {("map", "source"), ("loss", "level"), ("loss", "clip_range"), ("run", "output")}
