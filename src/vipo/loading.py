@@ -47,7 +47,13 @@ def load_pipeline(name: str | Path, dtype: torch.dtype | None = None) -> tuple[D
             path, dtype=dtype or torch.float32, use_safetensors=True, local_files_only=local, **absent
         )
     except (OSError, ValueError) as error:
-        raise ValueError(f"pipeline: cannot load {path}: {str(error).strip().splitlines()[0]}") from error
+        reason = str(error).strip().splitlines()[0].split(" (")[0]
+        fix = (
+            "is the folder complete?"
+            if local
+            else "check the name, your access and the network, or give a local folder"
+        )
+        raise ValueError(f"pipeline: cannot load {path}: {reason}; {fix}") from error
     settings = folder / CALL_FILE
     call = json.loads(settings.read_text())["call"] if local and settings.is_file() else {}
     return pipeline, call
