@@ -133,7 +133,7 @@ def test_other_bad_input(tmp_path, monkeypatch, capsys):
     assert "--iterations: expected at least 1" in fails(capsys, "demo", "--iterations", "0")
     Path("run.yaml").write_text("")
     assert "holds no run" in fails(capsys, "train", "run.yaml", "--resume")
-    assert "report" in fails(capsys, "report", "nothing")
+    assert "nothing" in fails(capsys, "report", "nothing")
     Path("demo").mkdir()
     Path("demo/thesis.txt").write_text("precious")
     assert "is not empty and holds no run" in fails(capsys, "demo", "-o", "demo", "--overwrite")

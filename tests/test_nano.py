@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from vipo import DiffusersPolicy, PerceptualStructuring
 from vipo.nano import ASSETS, world
+from vipo.nano.pretrain import write_prompts
 from vipo.psm import FrozenBackbone
 from vipo.rewards import ClipPreference, score
 
@@ -34,6 +35,12 @@ def test_assets_are_small_safe_and_documented():
         facts = json.loads((ASSETS / part / "training.json").read_text())
         assert {"data", "steps", "seconds", "parameters"} <= set(facts)
         assert (ASSETS / part / "README.md").read_text().startswith("# ")
+
+
+def test_shipped_prompts_are_what_the_code_writes(tmp_path):
+    write_prompts(tmp_path)
+    for name in ("prompts_train.txt", "prompts_held_out.txt"):
+        assert (tmp_path / name).read_text() == (ASSETS / name).read_text()
 
 
 def test_maps_find_the_subject_and_a_trained_backbone_does_so_better_than_a_random_one():

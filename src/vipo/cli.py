@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; user errors print one line and exit with 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' loading bars; ours are rich's
     options = _parse(sys.argv[1:] if argv is None else list(argv))
     try:
         code = options.command(options)

@@ -1,6 +1,6 @@
-"""Train the nano models again: `python -m vipo.nano.pretrain {t2i,backbone,scorer} --output DIR`.
+"""Make the nano assets again: `python -m vipo.nano.pretrain {prompts,vae,t2i,backbone,scorer} --output DIR`.
 
-Each subcommand writes `save_pretrained` folders (safetensors) and a model card with data, steps, time and metrics.
+Each model's subcommand writes `save_pretrained` folders (safetensors) and a model card with data, steps, time and metrics.
 The shipped models in vipo/nano/assets were made by these commands with their default options.
 """
 
@@ -94,6 +94,15 @@ def render_pool(count: int, seed: int, defect_share: float) -> tuple[Tensor, lis
     return torch.cat(images), world.describe(rows), rows
 
 
+def write_prompts(output: Path, *, seed: int = 2026) -> None:
+    """Write 768 training prompts and 256 held-out ones, all different."""
+    scenes = world.sample_scenes(1200, torch.Generator().manual_seed(seed))
+    prompts = list(dict.fromkeys(world.describe(scenes)))
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "prompts_held_out.txt").write_text("\n".join(prompts[:256]) + "\n")
+    (output / "prompts_train.txt").write_text("\n".join(prompts[256:1024]) + "\n")
+
+
 def to_unit(images: Tensor) -> Tensor:
     """uint8 -> float32 in [0, 1]."""
     return images.float() / 255
@@ -125,17 +134,21 @@ def parameter_count(*modules: nn.Module) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vipo.nano.pretrain", description=__doc__)
-    parser.add_argument("model", choices=("vae", "t2i", "backbone", "scorer"))
+    parser.add_argument("model", choices=("prompts", "vae", "t2i", "backbone", "scorer"))
     parser.add_argument("--output", type=Path, required=True, help="folder for the trained models")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the model's own)")
     parser.add_argument("--pool", type=int, help="rendered pictures (default: the model's own)")
     parser.add_argument("--generator", type=Path, help="scorer only: output folder of t2i, whose samples are scored")
+    parser.add_argument("--initial", type=Path, help="scorer only: a scorer to continue")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
+    if options.model == "prompts":
+        write_prompts(options.output)
+        return
     from . import pretrain_backbone, pretrain_scorer, pretrain_t2i
 
     train = {
@@ -144,7 +157,11 @@ def main() -> None:
         "backbone": pretrain_backbone.train,
         "scorer": pretrain_scorer.train,
     }[options.model]
-    given = {key: getattr(options, key) for key in ("steps", "pool", "generator") if getattr(options, key) is not None}
+    given = {
+        key: getattr(options, key)
+        for key in ("steps", "pool", "generator", "initial")
+        if getattr(options, key) is not None
+    }
     train(options.output, seed=options.seed, **given)
 
 

@@ -58,7 +58,9 @@ def build_scorer() -> ClipPreference:
 
 def change_word(scenes: Tensor, generator: torch.Generator) -> Tensor:
     """Change one attribute of every scene; subject words are changed more often than background words."""
-    odds = torch.tensor([2.0, 3.0, 3.0, 2.0, 1.0, 2.0, 1.0])
+    odds = torch.tensor(
+        [2.0, 2.0, 6.0, 2.0, 1.0, 2.0, 1.0]
+    )  # size, colour, shape, place, pattern, ground, surroundings
     column = torch.multinomial(odds, len(scenes), replacement=True, generator=generator)
     rows = torch.arange(len(scenes))
     options = torch.tensor([len(words) for words in world.ATTRIBUTES.values()])[column]
@@ -71,7 +73,7 @@ def change_word(scenes: Tensor, generator: torch.Generator) -> Tensor:
 def spoil(images: Tensor) -> Tensor:
     """Give each picture one off-world artefact of random strength."""
     count = len(images)
-    strength = 0.25 + 0.75 * torch.rand(count, 1, 1, 1)
+    strength = 0.1 + 0.9 * torch.rand(count, 1, 1, 1)
     noise = 0.25 * torch.randn_like(images)
     fine = F.interpolate(torch.randn(count, 3, 16, 16), world.SIZE, mode="bicubic") * 0.25
     cast = 0.4 * (torch.rand(count, 3, 1, 1) - 0.5)
@@ -180,16 +182,28 @@ class Teacher(nn.Module):
         patches = F.binary_cross_entropy_with_logits(
             self.patches(tokens[:, 1:]), torch.stack([masks, faults], -1), reduction="none"
         ).mean((1, 2))
-        return ((0.1 * words + 2 * patches) * known).sum() / known.sum()
+        return ((0.5 * words + 2 * patches) * known).sum() / known.sum()
 
 
-def train(output: Path, *, steps: int = 4000, pool: int = 5120, seed: int = 0, generator: Path | None = None) -> None:
-    """Train the scorer against samples of an early and of the latest checkpoint of `generator`, a t2i output folder."""
+def train(
+    output: Path,
+    *,
+    steps: int = 4000,
+    pool: int = 5120,
+    seed: int = 0,
+    generator: Path | None = None,
+    initial: Path | None = None,
+) -> None:
+    """Train the scorer against samples of a middle and of the last checkpoint of `generator`, a t2i output folder.
+
+    `initial` continues a scorer at half the learning rate instead of starting from random weights.
+    """
     if generator is None:
         raise ValueError("--generator: the scorer needs the output folder of `pretrain t2i`, with its steps/")
     checkpoints = sorted((generator / "steps").glob("*"))
-    pipelines = [load_pipeline(path)[0] for path in (checkpoints[0], checkpoints[-1])]
-    scorer = build_scorer()
+    checkpoints = [checkpoints[len(checkpoints) // 2], checkpoints[-1]]
+    pipelines = [load_pipeline(path)[0] for path in checkpoints]
+    scorer = ClipPreference.from_pretrained(initial) if initial else build_scorer()
     scorer.model.requires_grad_(True)
     teacher = Teacher(scorer.model.config.vision_config.hidden_size)
     log.info("scorer: %d parameters; generators %s", parameter_count(scorer), [p.name for p in checkpoints])
@@ -218,7 +232,7 @@ def train(output: Path, *, steps: int = 4000, pool: int = 5120, seed: int = 0, g
 
     def loss_at(step: int) -> Tensor:
         rows = next(picks)
-        kind = torch.multinomial(torch.tensor([0.4, 0.3, 0.15, 0.15]), len(rows), replacement=True)
+        kind = torch.multinomial(torch.tensor([0.35, 0.35, 0.15, 0.15]), len(rows), replacement=True)
         better, worse = draw(rows, kind)
         words = [prompts[row] for row in rows.tolist()]
         changed = (kind == 1)[:, None]
@@ -232,7 +246,14 @@ def train(output: Path, *, steps: int = 4000, pool: int = 5120, seed: int = 0, g
         first, second = scorer.compare(images[:, None], words + words).chunk(2)
         return F.softplus(second - first).mean() + 1e-3 * torch.cat([first, second]).square().mean() + 0.3 * hints
 
-    facts = fit([scorer.model, teacher], loss_at, steps=steps, learning_rate=1.5e-3, weight_decay=0.05, average=0.999)
+    facts = fit(
+        [scorer.model, teacher],
+        loss_at,
+        steps=steps,
+        learning_rate=7e-4 if initial else 1.5e-3,
+        weight_decay=0.05,
+        average=0.999,
+    )
     scorer.model.eval()
     accuracy = {}
     with torch.no_grad():
@@ -257,7 +278,8 @@ def train(output: Path, *, steps: int = 4000, pool: int = 5120, seed: int = 0, g
             "class": "transformers CLIPModel; score = exp(logit_scale) * cosine, as PickScore",
             "parameters": parameter_count(scorer),
             "data": f"{pool} procedural pictures in pairs: defects, wrong words, artefacts, generated; batch 32 pairs",
-            "generators": ", ".join(f"t2i step {path.name}" for path in (checkpoints[0], checkpoints[-1])),
+            "generators": ", ".join(f"t2i step {path.name}" for path in checkpoints),
+            "continues": json.loads((initial / "training.json").read_text()) if initial else "random weights",
             "objective": "logistic loss on the difference of scores; auxiliary heads for words, subject and faults",
             **accuracy,
             **facts,
