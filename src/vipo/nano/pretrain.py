@@ -1,7 +1,7 @@
 """Make the nano assets again: `python -m vipo.nano.pretrain {prompts,vae,t2i,backbone,scorer} --output DIR`.
 
-Each model's subcommand writes `save_pretrained` folders (safetensors) and a model card with data, steps, time and metrics.
-The shipped models in vipo/nano/assets were made by these commands with their default options.
+Each model's subcommand writes `save_pretrained` folders (safetensors) and a model card with data, steps, time, metrics.
+The shipped models in vipo/nano/assets were made by these commands; their cards say with which options.
 """
 
 from __future__ import annotations
