@@ -205,8 +205,7 @@ class DiffusersPolicy:
                 arguments.append(to_grid(reference_kl(gaussian.mean, record.reference_mean, gaussian.std), traj))
             on_step(k, *arguments)
 
-        with torch.enable_grad():
-            self._rescore(traj, steps, score)
+        self._rescore(traj, steps, score)
 
     @torch.no_grad()
     def add_reference(self, traj: Trajectory, steps: Sequence[int] | None = None) -> None:

@@ -29,6 +29,7 @@ log = logging.getLogger("vipo.nano.pretrain")
 KINDS = ("defect", "wrong_word", "artefact", "generated")
 MEAN, STD = (0.5,) * 3, (0.25,) * 3
 PATCH = 8
+HELD_OUT = 512
 
 
 def build_scorer() -> ClipPreference:
@@ -162,6 +163,53 @@ def generate(pipeline: StableDiffusion3Pipeline, prompts: list[str], steps: int,
     return to_bytes(torch.cat(done))
 
 
+class PairSource:
+    """Draws training pairs of every kind from one pool of pictures.
+
+    Args:
+        count: pictures in the pool; the last HELD_OUT are for evaluation only.
+        seed: of everything.
+        checkpoints: folders of the two generators whose samples are in the pool.
+    """
+
+    def __init__(self, count: int, seed: int, checkpoints: list[Path]) -> None:
+        pipelines = [load_pipeline(path)[0] for path in checkpoints]
+        self.pool = render_pairs(count, seed + 5)
+        self.prompts = world.describe(self.pool.scenes)
+        parts = [self.prompts[i : i + 256] for i in range(0, count, 256)]
+        self.generated = torch.cat(
+            [generate(pipelines[i % 2], part, (4, 8, 6)[i % 3], seed + i) for i, part in enumerate(parts)]
+        )
+        self.clean_decoded = through_vae(self.pool.clean, pipelines[0])
+        self.faulty_decoded = through_vae(self.pool.faulty, pipelines[0])
+
+    def words(self, rows: Tensor) -> list[str]:
+        return [self.prompts[row] for row in rows.tolist()]
+
+    def draw(self, rows: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
+        """Better and worse pictures (n, 3, 64, 64) in [0, 1] of pool rows (n,), by KINDS index (n,)."""
+        traced = (torch.rand(len(rows)) < 0.6)[:, None, None, None]
+        better = torch.where(traced, self.clean_decoded[rows], self.pool.clean[rows])
+        defect = torch.where(traced, self.faulty_decoded[rows], self.pool.faulty[rows])
+        options = torch.stack([defect, self.pool.wrong[rows], better, self.generated[rows]])
+        better, worse = to_unit(better), to_unit(options[kind, torch.arange(len(rows))])
+        worse = torch.where((kind == 2)[:, None, None, None], spoil(worse), worse)
+        grain = 0.04 * torch.rand(len(rows), 1, 1, 1)
+        better = (better + grain * torch.randn_like(better)).clamp(0, 1)
+        return better, (worse + grain * torch.randn_like(worse)).clamp(0, 1)
+
+    def truth(self, rows: Tensor, kind: Tensor, better: Tensor, worse: Tensor) -> tuple[Tensor, ...]:
+        """What the teacher is told of better and worse pictures together: scenes, masks, faults, known."""
+        changed = (kind == 1)[:, None]
+        scenes = torch.cat(
+            [self.pool.scenes[rows], torch.where(changed, self.pool.wrong_scenes[rows], self.pool.scenes[rows])]
+        )
+        fault = (6 * patch_mean((worse - better).abs())).clamp(max=1) * ~changed
+        faults = torch.cat([torch.zeros_like(fault), fault])
+        known = torch.cat([torch.ones(len(rows)), ((kind == 0) | (kind == 2)).float()])
+        return scenes, self.pool.masks[rows].repeat(2, 1), faults, known
+
+
 class Teacher(nn.Module):
     """Auxiliary heads that speed up the vision tower; they see the world's truth and are thrown away afterwards.
 
@@ -202,74 +250,33 @@ def train(
         raise ValueError("--generator: the scorer needs the output folder of `pretrain t2i`, with its steps/")
     checkpoints = sorted((generator / "steps").glob("*"))
     checkpoints = [checkpoints[len(checkpoints) // 2], checkpoints[-1]]
-    pipelines = [load_pipeline(path)[0] for path in checkpoints]
     scorer = ClipPreference.from_pretrained(initial) if initial else build_scorer()
     scorer.model.requires_grad_(True)
     teacher = Teacher(scorer.model.config.vision_config.hidden_size)
-    log.info("scorer: %d parameters; generators %s", parameter_count(scorer), [p.name for p in checkpoints])
-    pairs = render_pairs(pool, seed + 5)
-    prompts = world.describe(pairs.scenes)
-    parts = [prompts[i : i + 256] for i in range(0, pool, 256)]
-    generated = torch.cat(
-        [generate(pipelines[i % 2], part, (4, 8, 6)[i % 3], seed + i) for i, part in enumerate(parts)]
-    )
-    decoded, faulty_decoded = through_vae(pairs.clean, pipelines[0]), through_vae(pairs.faulty, pipelines[0])
+    log.info("scorer: %d parameters; generators %s", parameter_count(scorer), [path.name for path in checkpoints])
+    source = PairSource(pool, seed, checkpoints)
     log.info("scorer: pairs rendered, generated and decoded")
-    held = 512
-    picks = batches(pool - held, 32, torch.Generator().manual_seed(seed))
-
-    def draw(rows: Tensor, kind: Tensor) -> tuple[Tensor, Tensor]:
-        """Better and worse pictures (n, 3, 64, 64) of the pairs' kinds."""
-        traced = (torch.rand(len(rows)) < 0.6)[:, None, None, None]
-        better = torch.where(traced, decoded[rows], pairs.clean[rows])
-        defect = torch.where(traced, faulty_decoded[rows], pairs.faulty[rows])
-        worse = torch.stack([defect, pairs.wrong[rows], better, generated[rows]])[kind, torch.arange(len(rows))]
-        better, worse = to_unit(better), to_unit(worse)
-        worse = torch.where((kind == 2)[:, None, None, None], spoil(worse), worse)
-        grain = 0.04 * torch.rand(len(rows), 1, 1, 1)
-        better = (better + grain * torch.randn_like(better)).clamp(0, 1)
-        return better, (worse + grain * torch.randn_like(worse)).clamp(0, 1)
+    picks = batches(pool - HELD_OUT, 32, torch.Generator().manual_seed(seed))
 
     def loss_at(step: int) -> Tensor:
         rows = next(picks)
         kind = torch.multinomial(torch.tensor([0.35, 0.35, 0.15, 0.15]), len(rows), replacement=True)
-        better, worse = draw(rows, kind)
-        words = [prompts[row] for row in rows.tolist()]
-        changed = (kind == 1)[:, None]
-        drawn = torch.cat([pairs.scenes[rows], torch.where(changed, pairs.wrong_scenes[rows], pairs.scenes[rows])])
-        fault = (6 * patch_mean((worse - better).abs())).clamp(max=1) * ~changed
-        faults, masks = torch.cat([torch.zeros_like(fault), fault]), pairs.masks[rows].repeat(2, 1)
-        known = torch.cat([torch.ones(len(rows)), ((kind == 0) | (kind == 2)).float()])
+        better, worse = source.draw(rows, kind)
+        words = source.words(rows)
         with torch.autocast("cpu", torch.bfloat16):
             tokens, images = scorer.tokens_and_embeddings(torch.cat([better, worse]))
-            hints = teacher(tokens.float(), drawn, masks, faults, known)
+            hints = teacher(tokens.float(), *source.truth(rows, kind, better, worse))
         first, second = scorer.compare(images[:, None], words + words).chunk(2)
         return F.softplus(second - first).mean() + 1e-3 * torch.cat([first, second]).square().mean() + 0.3 * hints
 
-    facts = fit(
-        [scorer.model, teacher],
-        loss_at,
-        steps=steps,
-        learning_rate=7e-4 if initial else 1.5e-3,
-        weight_decay=0.05,
-        average=0.999,
-    )
+    rate = 7e-4 if initial else 1.5e-3
+    facts = fit([scorer.model, teacher], loss_at, steps=steps, learning_rate=rate, weight_decay=0.05, average=0.999)
     scorer.model.eval()
-    accuracy = {}
-    with torch.no_grad():
-        rows = torch.arange(pool - held, pool)
-        words = [prompts[row] for row in rows.tolist()]
-        for index, name in enumerate(KINDS):
-            better, worse = draw(rows, torch.full((held,), index))
-            won = scorer(better[:, None], words) > scorer(worse[:, None], words)
-            accuracy[f"held_out_{name}_accuracy"] = round(won.float().mean().item(), 4)
+    accuracy = held_out_accuracy(scorer, source, torch.arange(pool - HELD_OUT, pool))
     scorer.model.save_pretrained(output)
     scorer.tokenizer.save_pretrained(output)
-    preprocessor = {
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
-        "size": {"height": world.SIZE, "width": world.SIZE},
-    }
+    side = {"height": world.SIZE, "width": world.SIZE}
+    preprocessor = {"image_mean": list(MEAN), "image_std": list(STD), "size": side}
     (output / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=1) + "\n")
     write_card(
         output,
@@ -286,3 +293,14 @@ def train(
         },
     )
     log.info("scorer: %s", accuracy)
+
+
+@torch.no_grad()
+def held_out_accuracy(scorer: ClipPreference, source: PairSource, rows: Tensor) -> dict[str, float]:
+    """Share of held-out pairs of each kind whose better picture scores higher."""
+    words, accuracy = source.words(rows), {}
+    for index, name in enumerate(KINDS):
+        better, worse = source.draw(rows, torch.full((len(rows),), index))
+        won = scorer(better[:, None], words) > scorer(worse[:, None], words)
+        accuracy[f"held_out_{name}_accuracy"] = round(won.float().mean().item(), 4)
+    return accuracy
