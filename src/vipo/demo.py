@@ -92,7 +92,7 @@ def run_demo(
     times: dict[str, float] = {}
     configs = {method: demo_config(method, output / method, seed, iterations) for method in METHODS}
     shared = {f"{method}": config.model_dump(mode="json") for method, config in configs.items()}
-    held_out = read_prompts(str(ASSETS / "prompts_held_out.txt"))[:prompts]
+    held_out = read_prompts(str(ASSETS / "prompts_held_out.txt"))[-prompts:]  # the first ones served to choose defaults
     seeds = [10_000 + i for i in range(len(held_out))]
     scorer = ClipPreference.from_pretrained("nano")
 
