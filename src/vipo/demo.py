@@ -189,15 +189,16 @@ def notes(values: dict[str, dict[str, Values]]) -> list[str]:
     remarks = ["One seed of a small world: the intervals cover prompts, not training runs."]
     for method, title in METHODS.items():
         for m in METRICS:
+            label = m["label"][0].lower() + m["label"][1:]
             change = paired_difference(values[method][m["name"]], values["base"][m["name"]])
             low, high = change["low"], change["high"]
             if low is None or high is None:
                 continue
             worse = high < 0 if m["higher_is_better"] else low > 0
             if worse:
-                remarks.append(f"{title} made {m['label'].lower()} worse than the base model's.")
+                remarks.append(f"{title} made {label} worse than the base model's.")
             elif low <= 0 <= high:
-                remarks.append(f"{title} changed {m['label'].lower()} by no more than the interval.")
+                remarks.append(f"{title} changed {label} by no more than the interval.")
     return remarks
 
 
