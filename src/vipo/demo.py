@@ -91,43 +91,11 @@ def run_demo(
     started = time.perf_counter()
     times: dict[str, float] = {}
     configs = {method: demo_config(method, output / method, seed, iterations) for method in METHODS}
-    shared = {f"{method}": config.model_dump(mode="json") for method, config in configs.items()}
-    held_out = read_prompts(str(ASSETS / "prompts_held_out.txt"))[-prompts:]  # the first ones served to choose defaults
-    seeds = [10_000 + i for i in range(len(held_out))]
-    scorer = ClipPreference.from_pretrained("nano")
-
-    def measures(frames: Tensor, words: Sequence[str]) -> dict[str, Tensor]:
-        exact = measure(frames[:, 0], list(words))
-        return {"reward": scorer(frames, words), **{m["name"]: exact[m["name"]] for m in METRICS if m["name"] in exact}}
-
-    frames: dict[str, Tensor] = {}
-    values: dict[str, dict[str, Values]] = {}
-    times["evaluate"] = 0.0
-
-    def assess(name: str, trainer: Trainer) -> None:
-        begun, done = time.perf_counter(), 0
-
-        def on_batch(count: int) -> None:
-            nonlocal done
-            done += count
-            progress(f"evaluate {name}", done, len(held_out), "")
-
-        sampling = trainer.config.sampling
-        frames[name], values[name] = evaluate(
-            trainer.policy,
-            held_out,
-            seeds,
-            measures,
-            on_batch=on_batch,
-            num_inference_steps=sampling.num_inference_steps,
-            **sampling.pipeline_call,
-        )
-        times["evaluate"] += time.perf_counter() - begun
-
+    held_out = HeldOut(read_prompts(str(ASSETS / "prompts_held_out.txt"))[-prompts:], progress)
     for method, config in configs.items():
         trainer = Trainer(config)
-        if method == "grpo":
-            assess("base", trainer)
+        if not held_out.values:
+            held_out.assess("base", trainer)
         begun = time.perf_counter()
 
         def on_iteration(
@@ -137,9 +105,9 @@ def run_demo(
 
         trainer.run(on_iteration=on_iteration)
         times[f"train_{method}"] = time.perf_counter() - begun
-        assess(method, trainer)
-    psm = PerceptualStructuring.from_pretrained("nano")
-    samples = _save_samples(output, held_out, frames, values, psm)
+        held_out.assess(method, trainer)
+    times["evaluate"] = held_out.seconds
+    samples = _save_samples(output, held_out)
     times["total"] = time.perf_counter() - started
     summary = {
         "kind": "demo",
@@ -148,15 +116,62 @@ def run_demo(
         **versions(),
         "times": {name: round(seconds, 2) for name, seconds in times.items()},
         "metrics": METRICS,
-        **compare(values),
+        **compare(held_out.values),
         "curves": {method: _curve(output / method) for method in METHODS},
         "samples": samples,
-        "notes": notes(values),
+        "notes": notes(held_out.values),
     }
+    shared = {method: config.model_dump(mode="json") for method, config in configs.items()}
     write_atomically(output / CONFIG, yaml.safe_dump(shared, sort_keys=False))
     write_summary(output, summary)
     render_report(output)
     return summary
+
+
+class HeldOut:
+    """Held-out prompts, and what each method made of them with the same seeds.
+
+    Args:
+        prompts: n prompts that were not trained on; the file's last ones: its first served to choose the defaults.
+        progress: told how far an evaluation is.
+
+    Attributes:
+        frames: by method, (n, 1, 3, 64, 64).
+        values: by method and metric, (n,).
+        seconds: spent so far.
+    """
+
+    def __init__(self, prompts: list[str], progress: Progress) -> None:
+        self.prompts, self.progress = prompts, progress
+        self.scorer = ClipPreference.from_pretrained("nano")
+        self.frames: dict[str, Tensor] = {}
+        self.values: dict[str, dict[str, Values]] = {}
+        self.seconds = 0.0
+
+    def measures(self, frames: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        exact = measure(frames[:, 0], list(prompts))
+        return {m["name"]: self.scorer(frames, prompts) if m["name"] == "reward" else exact[m["name"]] for m in METRICS}
+
+    def assess(self, name: str, trainer: Trainer) -> None:
+        """Evaluate a trainer's present weights under `name`."""
+        begun, total, done = time.perf_counter(), len(self.prompts), 0
+
+        def on_batch(count: int) -> None:
+            nonlocal done
+            done += count
+            self.progress(f"evaluate {name}", done, total, "")
+
+        sampling = trainer.config.sampling
+        self.frames[name], self.values[name] = evaluate(
+            trainer.policy,
+            self.prompts,
+            [10_000 + i for i in range(total)],
+            self.measures,
+            on_batch=on_batch,
+            num_inference_steps=sampling.num_inference_steps,
+            **sampling.pipeline_call,
+        )
+        self.seconds += time.perf_counter() - begun
 
 
 def demo_config(method: str, output: Path, seed: int, iterations: int | None) -> Config:
@@ -208,15 +223,9 @@ def _curve(run: Path) -> dict[str, list[float]]:
 
 
 @torch.no_grad()
-def _save_samples(
-    output: Path,
-    prompts: list[str],
-    frames: dict[str, Tensor],
-    values: dict[str, dict[str, Values]],
-    psm: PerceptualStructuring,
-    count: int = 12,
-) -> list[dict[str, Any]]:
+def _save_samples(output: Path, held_out: HeldOut, count: int = 12) -> list[dict[str, Any]]:
     """Save the first held-out samples, chosen by position and not by result, and the map over ViPO's."""
+    psm, frames = PerceptualStructuring.from_pretrained("nano"), held_out.frames
     (output / "images").mkdir(parents=True, exist_ok=True)
     maps = psm(frames["vipo"][:count], latent_shape=(1, 16, 16))
     shown = {
@@ -226,11 +235,11 @@ def _save_samples(
     overview = sheet(torch.cat([pictures[:8] for pictures in shown.values()]), columns=8)  # rows: base, GRPO, ViPO, map
     overview.resize((2 * overview.width, 2 * overview.height)).save(output / "images" / "overview.png")
     samples = []
-    for i, prompt in enumerate(prompts[:count]):
+    for i, prompt in enumerate(held_out.prompts[:count]):
         entry: dict[str, Any] = {"prompt": prompt}
         for name, pictures in shown.items():
             entry[name] = f"images/sample_{i:03d}_{name}.png"
             to_image(pictures[i]).save(output / entry[name])
-        entry["reward"] = {name: float(np.round(v["reward"][i], 4)) for name, v in values.items()}
+        entry["reward"] = {name: float(np.round(v["reward"][i], 4)) for name, v in held_out.values.items()}
         samples.append(entry)
     return samples

@@ -209,6 +209,7 @@ def train(output: Path, *, steps: int = 12000, pool: int = 32768, seed: int = 0)
             "parameters": parameter_count(*modules, vae),
             "data": f"{pool} procedural pictures (vipo.nano.world), 60 % with a local defect, batch 32",
             "objective": "flow matching, logit-normal sigma (mean .3), 10 % prompts dropped",
+            "load": "StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)",
             "call": "needs max_sequence_length=0: there is no T5",
             **sample_metrics(pipeline),
             **facts,
