@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import StableDiffusion3Pipeline
 
 from vipo import DiffusersPolicy, PerceptualStructuring
 from vipo.nano import ASSETS, world
@@ -98,6 +99,18 @@ def test_pipeline_draws_what_the_prompt_says():
     shuffled = world.measure(frames[:, 0], prompts[1:] + prompts[:1])
     assert ours["colour_error"].mean() < 0.6 * shuffled["colour_error"].mean()
     assert ours["shape_iou"].mean() > 0.5
+
+
+def test_plain_diffusers_draws_the_same_picture():
+    """As the pipeline's model card says."""
+    plain = StableDiffusion3Pipeline.from_pretrained(ASSETS / "t2i", text_encoder_3=None, tokenizer_3=None)
+    prompt = "a huge blue ring at the top on a plain teal background"
+    call = {"num_inference_steps": 4, "guidance_scale": 2.0}
+    theirs = plain(prompt, generator=torch.Generator().manual_seed(3), max_sequence_length=0, output_type="pt", **call)[
+        0
+    ]
+    ours = DiffusersPolicy("nano", kernel="flow_grpo").generate([prompt], seeds=[3], **call)
+    torch.testing.assert_close(ours[:, 0].cpu(), theirs, rtol=0, atol=1e-5)
 
 
 def test_replay_equals_rollout_on_the_nano_pipeline():
