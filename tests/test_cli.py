@@ -103,6 +103,8 @@ BAD_CONFIGS = [
     ("model: {path: ./no/such/folder}", [], "pipeline: no such folder: ./no/such/folder"),
     ("prompts: {path: none.txt}", [], "prompts.path: no such file: none.txt"),
     ("map: {backbone: ./nowhere}", [], "./nowhere"),
+    ("", ["--sampling.height=63"], "have to be divisible by 8 but are 63 and 64"),
+    ("", ["--sampling.call.foo=1"], "call: StableDiffusion3Pipeline takes no keyword 'foo'"),
     ("sampling: {kernel: ddim}", [], "is a flow scheduler; expected one of flow_grpo, dance_grpo, flow_cps"),
 ]
 
@@ -113,7 +115,7 @@ def test_bad_configs_are_one_clear_line_and_write_nothing(tmp_path, monkeypatch,
     Path("bad.yaml").write_text(text)
     error = fails(capsys, "train", "bad.yaml", *overrides)
     assert message in error
-    assert error.startswith("vipo: error: ") and error.count("\n") == 1
+    assert error.startswith("vipo: error: ") and error.count("\n") == 1, error
     assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
 
 
@@ -150,6 +152,11 @@ def test_a_nan_reward_names_the_sample_and_loses_nothing(tmp_path, monkeypatch, 
     error = fails(capsys, "train", "run.yaml", *SMALL)
     assert "reward 'bad_reward:nan' returned nan for sample 0 of 2, prompt" in error
     assert "reward.on_failure=drop" in error
+    assert not Path("out").exists()
+    Path("out").mkdir()
+    Path("out/config.yaml").write_text("model: {path: nano}\n")
+    fails(capsys, "train", "run.yaml", *SMALL, "--overwrite")  # the earlier run goes only when the first step is done
+    assert Path("out/config.yaml").read_text() == "model: {path: nano}\n"
 
 
 def test_check_says_no_go_when_the_map_cannot_act(tmp_path, capsys):

@@ -269,6 +269,12 @@ def test_a_missing_pipeline_is_a_clear_error(tmp_path):
         DiffusersPolicy(tmp_path)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="device: cuda was asked for, but this torch sees no CUDA device"):
+        DiffusersPolicy(build("sd3"), device="cuda")
+
+
 def test_wrong_number_of_seeds_is_refused():
     with pytest.raises(ValueError, match=r"seeds: expected one per prompt \(2\), got 1"):
         make("sd3").rollout(PROMPTS, seeds=[1], num_inference_steps=2)

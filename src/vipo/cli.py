@@ -194,13 +194,12 @@ def _train(options: argparse.Namespace) -> int:
     """Train the pipeline that CONFIG names and write a run directory: config, metrics, TensorBoard events, pictures,
     checkpoints whose weights/ folder `diffusers` loads, and report.html."""
     config = _load(options)
-    from .runlog import open_run
+    from .runlog import check_output
 
     mode: Literal["no", "resume", "overwrite"] = "no"
     if options.resume or options.overwrite:
         mode = "resume" if options.resume else "overwrite"
-    if mode != "overwrite":  # an earlier run is removed only when everything has loaded
-        open_run(config.run.output, resume=options.resume)
+    check_output(config.run.output, resume=options.resume, overwrite=options.overwrite)
     from rich.console import Console
 
     from .report import render_report

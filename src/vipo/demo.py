@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from .prompts import read_prompts
 from .psm import PerceptualStructuring
 from .report import render_report
 from .rewards.preference import ClipPreference
-from .runlog import CONFIG, open_run, overlay, read_metrics, sheet, to_image, write_atomically, write_summary
+from .runlog import CONFIG, check_output, overlay, read_metrics, sheet, to_image, write_atomically, write_summary
 from .trainer import Trainer, versions
 
 METHODS = {"grpo": "Scalar GRPO", "vipo": "ViPO"}
@@ -87,7 +88,9 @@ def run_demo(
     Returns:
         The summary.
     """
-    open_run(output, overwrite=overwrite)
+    check_output(output, overwrite=overwrite)
+    if overwrite and output.exists():
+        shutil.rmtree(output)
     started = time.perf_counter()
     times: dict[str, float] = {}
     configs = {method: demo_config(method, output / method, seed, iterations) for method in METHODS}

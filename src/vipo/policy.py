@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -69,6 +70,8 @@ class DiffusersPolicy:
         device: str | torch.device | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if self.device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(f"device: {self.device} was asked for, but this torch sees no CUDA device; use cpu")
         self.call_defaults: dict[str, Any] = {}
         if isinstance(pipeline, DiffusionPipeline):
             self.pipeline = pipeline
@@ -277,6 +280,10 @@ class DiffusersPolicy:
         scheduler = stochastic_scheduler(self.pipeline.scheduler, settings or self.settings)
         scheduler.transition = transition
         in_front = {**in_front, "scheduler": scheduler, "_progress_bar_config": {"disable": True}}
+        parameters = inspect.signature(type(self.pipeline).__call__).parameters
+        unknown = sorted(set(call) - set(parameters))
+        if unknown and all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+            raise ValueError(f"call: {type(self.pipeline).__name__} takes no keyword {unknown[0]!r}; see its __call__")
         enabled = autocast and self.autocast is not None
         with _in_front(self.pipeline, in_front), torch.autocast(self.device.type, self.autocast, enabled=enabled):
             undecorated: Any = type(self.pipeline).__call__.__wrapped__  # type: ignore[attr-defined]  # without no_grad

@@ -17,7 +17,7 @@ from .losses import policy_loss
 from .policy import DiffusersPolicy
 from .psm import map_statistics
 from .rewards import score
-from .runlog import open_run
+from .runlog import check_output
 from .trainer import Trainer
 from .types import Trajectory
 
@@ -102,7 +102,7 @@ def preflight(config: Config) -> list[Finding]:
 
 def _output(config: Config) -> Finding:
     try:
-        open_run(Path(config.run.output))
+        check_output(Path(config.run.output))
     except ValueError as error:
         return Finding("output", False, str(error))
     return Finding("output", True, f"{config.run.output} is free")

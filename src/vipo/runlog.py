@@ -32,8 +32,8 @@ def write_atomically(path: Path, text: str) -> None:
     partial.replace(path)
 
 
-def open_run(folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Make sure that a run may be written to `folder`; nothing is removed unless `overwrite` is given.
+def check_output(folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Make sure that a run may be written to `folder`. Writes and removes nothing.
 
     Raises:
         ValueError: the folder holds a run already, holds something else, or holds no run to resume.
@@ -51,15 +51,16 @@ def open_run(folder: Path, *, resume: bool = False, overwrite: bool = False) -> 
         )
     if folder.is_dir() and not holds_run and any(folder.iterdir()):
         raise ValueError(f"run.output: {folder} is not empty and holds no run; give another --run.output")
-    if holds_run and overwrite:
-        shutil.rmtree(folder)
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(parent, os.W_OK):
+        raise ValueError(f"run.output: cannot write to {parent}; give another --run.output")
 
 
 class RunLog:
     """Writes one run directory.
 
     Args:
-        folder: the run directory, made if missing.
+        folder: the run directory, made if missing; with `keep_until` 0 an earlier run in it is removed.
         config: resolved config as YAML text.
         keep_until: when resuming, the last iteration to keep in the metrics; later lines are redone.
         tensorboard: write TensorBoard events.
@@ -67,6 +68,8 @@ class RunLog:
 
     def __init__(self, folder: Path, config: str, *, keep_until: int = 0, tensorboard: bool = True) -> None:
         self.folder = folder
+        if keep_until == 0 and (folder / CONFIG).is_file():
+            shutil.rmtree(folder)
         for name in ("samples", "maps", "checkpoints"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         write_atomically(folder / CONFIG, config)

@@ -25,7 +25,7 @@ from .policy import LORA_TARGETS, DiffusersPolicy
 from .prompts import prompt_batch, read_prompts
 from .psm import PerceptualStructuring, control_maps, map_statistics
 from .rewards import Reward, load_reward, score
-from .runlog import RunLog, open_run, write_summary
+from .runlog import RunLog, check_output, write_summary
 from .types import PromptBatch, Trajectory, require_finite
 
 log = logging.getLogger(__name__)
@@ -75,19 +75,22 @@ class Trainer:
     def run(self, *, mode: Resume = "no", on_iteration: Callable[[int, dict[str, Any]], None] | None = None) -> None:
         """Train to the configured number of iterations, writing the run directory.
 
+        The first iteration comes before the first byte: what fails at once writes nothing and removes nothing.
+
         Args:
             mode: "no" needs a new directory; "resume" continues its newest checkpoint; "overwrite" starts again.
             on_iteration: called after each iteration with its 1-based number and metrics (a progress bar).
         """
         run = self.config.run
-        open_run(run.output, resume=mode == "resume", overwrite=mode == "overwrite")
+        check_output(run.output, resume=mode == "resume", overwrite=mode == "overwrite")
         checkpoints = run.output / "checkpoints"
         if mode == "resume" and list_checkpoints(checkpoints):
             self.iteration = load_checkpoint(list_checkpoints(checkpoints)[-1], self.policy, self.optimizer)
         started = time.perf_counter()
+        first = self.step(self.iteration) if self.iteration < run.iterations else None
         with RunLog(run.output, self.config.to_yaml(), keep_until=self.iteration, tensorboard=run.tensorboard) as files:
             while self.iteration < run.iterations:
-                metrics = self.step(self.iteration)
+                metrics, first = first or self.step(self.iteration), None
                 self.iteration += 1
                 files.metrics(self.iteration, metrics)
                 last = self.iteration == run.iterations
