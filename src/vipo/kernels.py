@@ -27,7 +27,7 @@ class Gaussian(NamedTuple):
 def flow_grpo(
     latents: Tensor, velocity: Tensor, *, sigma: float, sigma_next: float, eta: float, sigma_max: float
 ) -> Gaussian:
-    """Step the flow SDE of Flow-GRPO (arXiv 2505.05470, Eq. 9; docs/equations.md K1).
+    """Step the flow SDE of Flow-GRPO (arXiv 2505.05470; docs/equations.md K1).
 
         s_t = eta sqrt(sigma / (1 - sigma))
         mean = x + [v + s_t^2 / (2 sigma) (x + (1 - sigma) v)] d;  std = s_t sqrt(-d)
@@ -52,7 +52,7 @@ def flow_grpo(
 def dance_grpo(
     latents: Tensor, velocity: Tensor, *, sigma: float, sigma_next: float, eta: float, sigma_max: float
 ) -> Gaussian:
-    """Step the flow SDE of DanceGRPO (arXiv 2505.07818, Eq. 6; docs/equations.md K2), the one the ViPO paper uses.
+    """Step the flow SDE of DanceGRPO (arXiv 2505.07818; docs/equations.md K2), the one the ViPO paper uses.
 
         x0 = x - sigma v;  score = -(x - (1 - sigma) x0) / sigma^2
         mean = x + v d - eta^2 / 2 score d;  std = eta sqrt(-d)
@@ -68,7 +68,7 @@ def dance_grpo(
 def flow_cps(
     latents: Tensor, velocity: Tensor, *, sigma: float, sigma_next: float, eta: float, sigma_max: float
 ) -> Gaussian:
-    """Step with coefficients preserved, Flow-CPS (arXiv 2509.05952, Eq. 13; docs/equations.md K3).
+    """Step with coefficients preserved, Flow-CPS (arXiv 2509.05952; docs/equations.md K3).
 
         mean = (1 - sigma_next) x0 + sigma_next cos(eta pi / 2) noise_hat;  std = sigma_next sin(eta pi / 2)
 

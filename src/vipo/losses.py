@@ -51,7 +51,7 @@ def policy_loss(
         old_log_probs: same shape, of the rollout; detached here.
         advantages: (N, T, H, W) pixel advantages; detached here.
         clip_range: half-width of the clip, or (low, high). A local ratio moves sqrt(T*H*W) times as far as a sample's
-            mean: position level needs a range 30..1000 times larger than scalar GRPO's 1e-4 (docs/log.md).
+            mean: position level needs a range 100..1000 times scalar GRPO's 1e-4 (docs/log.md).
         level: where the ratio is taken.
         channel_reduction: "mean" or "sum" over the C channels of a position, before the ratio.
 

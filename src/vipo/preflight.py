@@ -82,22 +82,28 @@ def preflight(config: Config) -> list[Finding]:
     findings.append(_map(trainer, frames, traj))
     if not finite:
         return findings
+    findings.append(_one_step(trainer, config))
+    return findings
+
+
+def _one_step(trainer: Trainer, config: Config) -> Finding:
+    """Time one whole iteration of two samples; the configured run takes at most so much longer per sample."""
     started = time.perf_counter()
     trainer.step(0)
     seconds = (time.perf_counter() - started) * config.num_samples / 2
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1 if sys.platform == "darwin" else 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )  # bytes or KiB
     memory = f"peak memory {peak:,.0f} MiB"
-    if policy.device.type == "cuda":
-        memory = f"peak device memory {torch.cuda.max_memory_allocated(policy.device) / 2**20:,.0f} MiB with 2 samples"
-    findings.append(
-        Finding(
-            "one step",
-            True,
-            f"at most {seconds:.1f} s per iteration of {config.num_samples} samples, "
-            f"{seconds * config.run.iterations / 60:.0f} min for {config.run.iterations}; {memory}",
-        )
+    device = trainer.policy.device
+    if device.type == "cuda":
+        memory = f"peak device memory {torch.cuda.max_memory_allocated(device) / 2**20:,.0f} MiB with 2 samples"
+    return Finding(
+        "one step",
+        True,
+        f"at most {seconds:.1f} s per iteration of {config.num_samples} samples, "
+        f"{seconds * config.run.iterations / 60:.0f} min for {config.run.iterations}; {memory}",
     )
-    return findings
 
 
 def _output(config: Config) -> Finding:

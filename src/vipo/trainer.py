@@ -86,6 +86,8 @@ class Trainer:
         checkpoints = run.output / "checkpoints"
         if mode == "resume" and list_checkpoints(checkpoints):
             self.iteration = load_checkpoint(list_checkpoints(checkpoints)[-1], self.policy, self.optimizer)
+        elif mode == "resume":
+            log.warning("--resume: %s has no checkpoint yet; the run starts again", run.output)
         started = time.perf_counter()
         first = self.step(self.iteration) if self.iteration < run.iterations else None
         with RunLog(run.output, self.config.to_yaml(), keep_until=self.iteration, tensorboard=run.tensorboard) as files:

@@ -16,7 +16,7 @@ from ..types import check_shape
 
 
 class ClipPreference(nn.Module):
-    """Preference score of a CLIP model (PickScore, arXiv 2305.01569, Eq. 1), frozen.
+    """Preference score of a CLIP model (PickScore, arXiv 2305.01569), frozen.
 
         s(image, prompt) = exp(logit_scale) * cos(E_image(image), E_text(prompt))
 
