@@ -15,13 +15,16 @@ from torch import Tensor
 
 from .config import Config, read_yaml
 from .evaluation import Values, bootstrap_mean, evaluate, paired_difference
+from .files import write_atomically
+from .media import to_image
 from .nano import ASSETS
 from .nano.world import measure
+from .pictures import overlay, sheet
 from .prompts import read_prompts
 from .psm import PerceptualStructuring
 from .report import render_report
 from .rewards.preference import ClipPreference
-from .runlog import CONFIG, check_output, overlay, read_metrics, sheet, to_image, write_atomically, write_summary
+from .runlog import CONFIG, check_output, read_metrics, write_summary
 from .trainer import Trainer, versions
 
 METHODS = {"grpo": "Scalar GRPO", "vipo": "ViPO"}

@@ -10,26 +10,13 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from .files import write_atomically
+from .pictures import overlay, sheet
+
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
-_TURBO = torch.tensor(
-    [[0.19, 0.07, 0.23], [0.16, 0.74, 0.92], [0.64, 0.99, 0.24], [0.98, 0.53, 0.13], [0.48, 0.02, 0.01]]
-)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader sees the old or the new one, never a part."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(path)
 
 
 def check_output(folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -119,28 +106,3 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         return []
     lines = file.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1]]
-
-
-def overlay(images: Tensor, maps: Tensor, strength: float = 0.55) -> Tensor:
-    """Lay maps (n, H, W) >= 0 over images (n, 3, Y, X) in [0, 1]: blue is little, red is the map's own maximum."""
-    large = F.interpolate(maps[:, None].float().cpu(), images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
-    place = (large / large.amax((1, 2), keepdim=True).clamp_min(1e-12)).clamp(0, 1) * (len(_TURBO) - 1)
-    low = place.floor().long().clamp(max=len(_TURBO) - 2)
-    share = (place - low)[..., None]
-    colours = (1 - share) * _TURBO[low] + share * _TURBO[low + 1]
-    return (1 - strength) * images.float().cpu() + strength * colours.movedim(-1, 1)
-
-
-def to_image(picture: Tensor) -> Image.Image:
-    """One picture (3, Y, X) in [0, 1] as a PIL image."""
-    return Image.fromarray((picture.float().clamp(0, 1).cpu() * 255).round().to(torch.uint8).movedim(0, -1).numpy())
-
-
-def sheet(images: Tensor, columns: int = 8, limit: int = 32) -> Image.Image:
-    """Arrange up to `limit` images (n, 3, Y, X) in rows, two pixels apart."""
-    images = images[:limit].float().cpu()
-    rows = -(-len(images) // columns)
-    canvas = torch.ones(rows * columns, 3, images.shape[2] + 2, images.shape[3] + 2)
-    canvas[: len(images), :, :-2, :-2] = images
-    grid = canvas.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-    return to_image(grid)

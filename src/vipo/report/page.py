@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
+from vipo.files import write_atomically
 from vipo.report import wording
 from vipo.report.demo_page import demo_context
 from vipo.report.reading import DemoRun, read_run
@@ -34,7 +33,8 @@ def render_report(run_dir: Path) -> Path:
     run = read_run(run_dir)
     context = demo_context(run) if isinstance(run, DemoRun) else train_context(run)
     template = "demo.html.j2" if isinstance(run, DemoRun) else "train.html.j2"
-    return _write(run_dir / REPORT_NAME, _render(template, context))
+    write_atomically(run_dir / REPORT_NAME, _render(template, context))
+    return run_dir / REPORT_NAME
 
 
 def _render(template: str, context: Mapping[str, object]) -> str:
@@ -60,16 +60,3 @@ def _render(template: str, context: Mapping[str, object]) -> str:
 def _asset(name: str) -> str:
     """Return a template, style or script shipped beside this file."""
     return resources.files("vipo.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _write(path: Path, page: str) -> Path:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as stream:
-            stream.write(page)
-        os.chmod(scratch, 0o644)
-        os.replace(scratch, path)
-    finally:
-        Path(scratch).unlink(missing_ok=True)
-    return path
