@@ -70,8 +70,8 @@ def reward(frames: Tensor) -> Tensor:
 
 
 def features(frames: Tensor) -> Tensor:
-    """The toy's frozen backbone: smoothed colours of 2x2 patches, (M, h, w, D)."""
-    return nn.functional.avg_pool2d(frames, 2).movedim(1, -1)
+    """The toy's frozen backbone: smoothed colours of 2x2 patches, (N, F, h, w, D)."""
+    return nn.functional.avg_pool3d(frames.transpose(1, 2), (1, 2, 2)).movedim(1, -1)
 
 
 def grid(values: Tensor) -> Tensor:

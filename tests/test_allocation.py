@@ -1,4 +1,4 @@
-"""vipo.psm.allocation against scikit-learn, SciPy and NumPy in float64, identities, and edge cases."""
+"""vipo.psm.allocation against SciPy and NumPy in float64, identities, and edge cases."""
 
 from __future__ import annotations
 
@@ -7,39 +7,24 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from feature_sets import GRID, POSITIONS, clear_spectrum
 from scipy.ndimage import gaussian_filter
 from sklearn.decomposition import PCA
 from torch import Tensor
 
 from vipo.psm.allocation import (
-    CONTROLS,
+    COMBINATIONS,
     ORIENTATIONS,
-    SOLVERS,
-    PrincipalComponents,
     aggregate,
     blur_matrix,
-    control_maps,
+    combine,
+    flicker,
     map_statistics,
     normalise,
     orient,
-    principal_components,
     smooth,
 )
-
-GRID = (2, 6, 7)
-POSITIONS = 2 * 6 * 7
-
-
-def clear_spectrum(seed: int, batch: int = 3, positions: int = POSITIONS, channels: int = 24) -> Tensor:
-    """Features (B, P, D) in float64 whose singular values are 1, 1/2, 1/4, ... plus a mean and a little noise."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    left, right = torch.linalg.qr(draw(batch, positions, 6)).Q, torch.linalg.qr(draw(batch, channels, 6)).Q
-    scales = 30 * 0.5 ** torch.arange(6, dtype=torch.float64)
-    return (left * scales) @ right.mT + draw(batch, 1, channels) + 1e-3 * draw(batch, positions, channels)
+from vipo.psm.pca import PrincipalComponents, principal_components
 
 
 def blob_features(seed: int, side: int = 12) -> tuple[Tensor, Tensor]:
@@ -59,122 +44,6 @@ def flipped(components: PrincipalComponents, signs: tuple[int, ...]) -> Principa
     return components._replace(
         projections=components.projections * flips, loadings=components.loadings * flips[None, :, None]
     )
-
-
-# ---------------------------------------------------------------------------------------------- principal components
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize(("positions", "channels"), [(84, 24), (20, 50)])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_pca_equals_scikit_learn(solver: str, positions: int, channels: int, seed: int) -> None:
-    features = clear_spectrum(seed, positions=positions, channels=channels)
-    got = principal_components(features, 3, solver)
-    for sample, single in enumerate(features.numpy()):
-        oracle = PCA(3, svd_solver="full")
-        projections = oracle.fit_transform(single)
-        signs = np.sign((projections * got.projections[sample].numpy()).sum(0))
-        # The subspace solver stops at (sigma_9 / sigma_3)^16 of its first error; noise 1e-3 leaves that far below 1e-6.
-        np.testing.assert_allclose(got.projections[sample], projections * signs, atol=1e-6)
-        np.testing.assert_allclose(got.loadings[sample], oracle.components_ * signs[:, None], atol=1e-6)
-        np.testing.assert_allclose(got.explained_variance_ratio[sample], oracle.explained_variance_ratio_, rtol=1e-9)
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize(("positions", "channels"), [(84, 24), (20, 50)])
-def test_pca_in_float32_is_close_to_float64(solver: str, positions: int, channels: int) -> None:
-    features = clear_spectrum(2, positions=positions, channels=channels)
-    exact, single = principal_components(features), principal_components(features.float(), 3, solver)
-    torch.testing.assert_close(
-        single.explained_variance_ratio.double(), exact.explained_variance_ratio, rtol=1e-5, atol=0
-    )
-    # Directions turn by eps / spectral gap, so 1e-5 of the largest projection (about 10), not of each.
-    signs = (exact.projections * single.projections).sum(1, keepdim=True).sign()
-    torch.testing.assert_close(single.projections.double() * signs, exact.projections, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_pca_in_float32_of_a_steep_spectrum(seed: int) -> None:
-    """Singular values 1, .1, .01: the third component has a ten-thousandth of the variance."""
-    generator = torch.Generator().manual_seed(seed)
-    left, right = (torch.linalg.qr(torch.randn(2, size, 20, generator=generator).double()).Q for size in (300, 64))
-    scales = torch.cat([torch.tensor([1.0, 0.1, 0.01]), 0.005 * torch.logspace(0, -2, 17)]).double()
-    features = 50 * (left * scales) @ right.mT
-    exact, single = principal_components(features, 3, "exact"), principal_components(features.float())
-    cosine = torch.nn.functional.cosine_similarity(exact.projections, single.projections.double(), dim=1).abs()
-    assert cosine.min() > 1 - 1e-6
-    torch.testing.assert_close(
-        single.explained_variance_ratio.double(), exact.explained_variance_ratio, rtol=1e-5, atol=0
-    )
-
-
-def test_ratio_is_of_the_total_variance_not_of_the_kept_components() -> None:
-    features = torch.tensor([[[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]]])
-    got = principal_components(features, components=1)
-    torch.testing.assert_close(got.explained_variance_ratio, torch.tensor([[0.9]]))
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_a_batch_is_its_samples(solver: str) -> None:
-    features = clear_spectrum(3, batch=5)
-    together = principal_components(features, 3, solver)
-    for sample in range(5):
-        alone = principal_components(features[sample : sample + 1], 3, solver)
-        for name in PrincipalComponents._fields:
-            torch.testing.assert_close(getattr(together, name)[sample], getattr(alone, name)[0], rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("value", [0.0, 0.1, 1234.5])
-@pytest.mark.parametrize(("positions", "channels"), [(30, 8), (8, 30)])
-def test_constant_features_have_no_components(solver: str, value: float, positions: int, channels: int) -> None:
-    got = principal_components(torch.full((2, positions, channels), value), 3, solver)
-    assert torch.equal(got.projections, torch.zeros(2, positions, 3))
-    assert torch.equal(got.explained_variance_ratio, torch.zeros(2, 3))
-    assert torch.isfinite(got.loadings).all()
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize(("positions", "channels"), [(30, 8), (8, 30)])
-def test_rank_one_features_have_one_component(solver: str, positions: int, channels: int) -> None:
-    generator = torch.Generator().manual_seed(4)
-    scores = torch.randn(2, positions, 1, generator=generator)
-    features = scores * torch.randn(2, 1, channels, generator=generator) + 5
-    got = principal_components(features, 3, solver)
-    torch.testing.assert_close(got.explained_variance_ratio, torch.tensor([[1.0, 0, 0]] * 2))
-    assert torch.equal(got.projections[..., 1:], torch.zeros(2, positions, 2))
-    assert torch.isfinite(got.loadings).all()
-
-
-def test_constant_sample_beside_a_varying_one_changes_nothing() -> None:
-    features = clear_spectrum(5, batch=2)
-    features[1] = 7.0
-    got = principal_components(features)
-    alone = principal_components(features[:1])
-    torch.testing.assert_close(got.projections[0], alone.projections[0], rtol=1e-9, atol=1e-9)
-    assert got.projections[1].abs().max() == 0
-
-
-def test_pca_has_no_gradient_and_computes_bfloat16_in_float32() -> None:
-    features = clear_spectrum(6).to(torch.bfloat16).requires_grad_()
-    got = principal_components(features)
-    reference = principal_components(features.detach().float())
-    for tensor, expected in zip(got, reference, strict=True):
-        assert tensor.dtype == torch.float32 and not tensor.requires_grad
-        assert torch.equal(tensor, expected)
-
-
-@pytest.mark.parametrize("components", [0, 5])
-def test_impossible_number_of_components(components: int) -> None:
-    with pytest.raises(ValueError, match=r"min\(P, D\) = 4.*got"):
-        principal_components(torch.randn(1, 9, 4), components)
-
-
-def test_unknown_solver_gets_a_suggestion() -> None:
-    with pytest.raises(ValueError, match="did you mean 'exact'"):
-        principal_components(torch.randn(1, 9, 4), 2, "exakt")
-    with pytest.raises(ValueError, match="wrong number of dimensions"):
-        principal_components(torch.randn(9, 4), 2)
 
 
 # ------------------------------------------------------------------------------------------------------- orientation
@@ -386,76 +255,70 @@ def test_normalisation_errors() -> None:
     for floor in (-0.1, 1.0, float("nan")):
         with pytest.raises(ValueError, match="0 <= floor < 1"):
             normalise(maps, floor=floor)
-    with pytest.raises(ValueError, match='needs normalisation "mean"'):
-        normalise(maps, "minmax", 0.1)
+    with pytest.raises(ValueError, match='need normalisation "mean"'):
+        normalise(maps, "minmax", floor=0.1)
     with pytest.raises(ValueError, match="did you mean 'minmax'"):
         normalise(maps, "min_max")
 
 
-# ----------------------------------------------------------------------------------------------- controls, statistics
+def test_temperature_literals_and_limits() -> None:
+    maps = torch.tensor([1.0, 4.0, 9.0, 16.0]).view(1, 1, 2, 2)
+    torch.testing.assert_close(normalise(maps, temperature=2.0).flatten(), torch.tensor([0.4, 0.8, 1.2, 1.6]))
+    share = torch.softmax(maps.flatten().log() / 0.5, 0)  # what the docstring says it is
+    torch.testing.assert_close(normalise(maps, temperature=0.5).flatten() / 4, share)
+    torch.testing.assert_close(normalise(maps, temperature=1e4), torch.ones_like(maps), rtol=0, atol=1e-3)
+    assert normalise(1e30 * maps, temperature=1e-3).flatten().tolist() == [0, 0, 0, 4]
+    floored = normalise(maps, temperature=2.0, floor=0.5).flatten()
+    torch.testing.assert_close(floored, torch.tensor([0.7, 0.9, 1.1, 1.3]))
+    for temperature in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="temperature > 0"):
+            normalise(maps, temperature=temperature)
+    with pytest.raises(ValueError, match='temperature 2.0 need normalisation "mean"'):
+        normalise(maps, "minmax", temperature=2.0)
 
 
-@pytest.fixture
-def maps() -> Tensor:
-    return normalise(torch.rand(3, 2, 6, 8, generator=torch.Generator().manual_seed(13)) ** 3)
+# ------------------------------------------------------------------------------------------------------- combination
 
 
-@pytest.mark.parametrize("kind", CONTROLS)
-def test_controls_are_maps(maps: Tensor, kind: str) -> None:
-    control = control_maps(maps, kind, torch.Generator().manual_seed(0))
-    assert control.shape == maps.shape and control.dtype == maps.dtype and control.min() >= 0
-    torch.testing.assert_close(control.mean((1, 2, 3)), torch.ones(3), rtol=1e-6, atol=0)
-    again = control_maps(maps, kind, torch.Generator().manual_seed(0))
-    assert torch.equal(control, again)
+def test_combination_literals() -> None:
+    first = torch.tensor([1.0, 3.0]).view(1, 1, 1, 2)  # mean one: .5, 1.5
+    second = torch.tensor([6.0, 2.0]).view(1, 1, 1, 2)  # mean one: 1.5, .5
+    expected = {
+        "product": [0.75, 0.75],
+        "max": [1.5, 1.5],
+        "mean": [0.75, 1.25],  # weight .25
+        "power": [0.5**0.75 * 1.5**0.25, 1.5**0.75 * 0.5**0.25],
+    }
+    assert set(expected) == set(COMBINATIONS)
+    for method, values in expected.items():
+        got = combine(first, second, method, 0.25)
+        torch.testing.assert_close(got.flatten(), torch.tensor(values))
 
 
-def test_inverted_literal() -> None:
-    maps = torch.tensor([[3.0, 1.0], [2.0, 2.0]]).view(2, 1, 1, 2)
-    expected = torch.tensor([[0.0, 2.0], [1.0, 1.0]]).view(2, 1, 1, 2)
-    assert torch.equal(control_maps(maps, "inverted"), expected)
+def test_a_second_map_that_says_nothing_changes_nothing() -> None:
+    first = torch.rand(3, 2, 4, 5, generator=torch.Generator().manual_seed(15))
+    for nothing in (torch.zeros_like(first), torch.full_like(first, 7.0)):
+        torch.testing.assert_close(normalise(combine(first, nothing, "product")), normalise(first))
+        for method in ("mean", "power"):
+            torch.testing.assert_close(combine(first, nothing, method, 0.0), normalise(first))
+            torch.testing.assert_close(combine(first, nothing, method, 1.0), torch.ones_like(first))
 
 
-@pytest.mark.parametrize(("height", "width", "side"), [(6, 8, 2), (5, 8, 1), (2, 2, 1)])
-def test_shuffling_keeps_blocks_and_values_and_moves_them(height: int, width: int, side: int) -> None:
-    frames = 1 if (height, width) == (2, 2) else 3
-    maps = torch.arange(4 * frames * height * width, dtype=torch.float32).view(4, frames, height, width)
-    shuffled = control_maps(maps, "shuffled", torch.Generator().manual_seed(1))
-    assert torch.equal(shuffled.flatten(1).sort(1).values, maps.flatten(1).sort(1).values)
-    assert not torch.equal(shuffled, maps)
-
-    def blocks(sample: Tensor) -> set[tuple[float, ...]]:
-        windows = sample.unfold(1, side, side).unfold(2, side, side).reshape(-1, side * side)
-        return {tuple(window) for window in windows.tolist()}
-
-    orders = set()
-    for sample in range(4):
-        assert blocks(shuffled[sample]) == blocks(maps[sample])
-        orders.add(tuple((shuffled[sample] - maps[sample].min()).flatten().tolist()))
-    assert len(orders) > 1, "every sample got the same permutation"
+def test_combination_errors() -> None:
+    maps = torch.rand(1, 1, 2, 2)
+    with pytest.raises(ValueError, match="did you mean 'product'"):
+        combine(maps, maps, "prodct")
+    with pytest.raises(ValueError, match="0 <= weight <= 1"):
+        combine(maps, maps, "mean", 1.5)
+    with pytest.raises(ValueError, match="second map"):
+        combine(maps, torch.rand(1, 1, 2, 3))
 
 
-def test_random_field_has_the_values_of_the_map_but_is_smooth_and_elsewhere() -> None:
-    maps = normalise(torch.rand(4, 3, 24, 24, generator=torch.Generator().manual_seed(14)))
-    control = control_maps(maps, "random", torch.Generator().manual_seed(2))
-    torch.testing.assert_close(control.flatten(1).sort(1).values, maps.flatten(1).sort(1).values)
-
-    def roughness(field: Tensor, axis: int) -> Tensor:
-        return field.diff(dim=axis).square().mean() / field.var()
-
-    for axis in (2, 3):
-        assert roughness(control, axis) < 0.2 * roughness(maps, axis)
-    assert torch.corrcoef(torch.stack([control.flatten(), maps.flatten()]))[0, 1].abs() < 0.1
+# -------------------------------------------------------------------------------------------------------- statistics
 
 
-def test_control_errors(maps: Tensor) -> None:
-    with pytest.raises(ValueError, match="did you mean 'shuffled'"):
-        control_maps(maps, "shuffle")
-    for kind in ("shuffled", "random"):
-        with pytest.raises(ValueError, match=r"pass a torch\.Generator"):
-            control_maps(maps, kind)
-
-
-def test_statistics_equal_numpy(maps: Tensor) -> None:
+def test_statistics_equal_numpy() -> None:
+    maps = normalise(torch.rand(3, 2, 6, 8, generator=torch.Generator().manual_seed(13)) ** 3)
     got = map_statistics(maps)
     assert {name: value.shape for name, value in got.items()} == dict.fromkeys(got, torch.Size([]))
     reference = maps.double().numpy()
@@ -464,16 +327,32 @@ def test_statistics_equal_numpy(maps: Tensor) -> None:
     ring = np.ones((6, 8), bool)
     ring[1:-1, 1:-1] = False
     ratio = reference[..., ring].mean() / reference[..., 1:5, 2:6].mean()
-    expected = {"entropy": entropy, "border_to_centre": ratio, "mean": reference.mean(), "max": reference.max()}
+    expected = {
+        "entropy": entropy,
+        "border_to_centre": ratio,
+        "flicker": np.abs(reference[:, 1] - reference[:, 0]).mean(),
+        "constant": 0,
+        "mean": reference.mean(),
+        "max": reference.max(),
+    }
     assert {name: value.item() for name, value in got.items()} == pytest.approx(expected, rel=1e-5)
 
 
 def test_statistics_of_extreme_maps() -> None:
     uniform = map_statistics(torch.ones(2, 3, 4, 5))
-    assert {name: value.item() for name, value in uniform.items()} == pytest.approx(dict.fromkeys(uniform, 1.0))
+    expected = {**dict.fromkeys(uniform, 1.0), "flicker": 0.0, "constant": 2}
+    assert {name: value.item() for name, value in uniform.items()} == pytest.approx(expected)
     peak = torch.zeros(1, 1, 5, 5)
     peak[0, 0, 2, 2] = 25
     got = map_statistics(peak)
     assert got["entropy"] == 0 and got["border_to_centre"] == 0 and got["max"] == 25 and got["mean"] == 1
     assert map_statistics(torch.ones(2, 1, 1, 1))["entropy"] == 1
     assert all(torch.isfinite(value) for value in map_statistics(torch.zeros(1, 1, 4, 4)).values())
+    assert map_statistics(torch.cat([torch.ones(2, 1, 5, 5), peak]))["constant"] == 2
+
+
+def test_flicker_literals() -> None:
+    maps = torch.tensor([[0.0, 1.0], [2.0, 1.0], [2.0, 2.0]]).view(1, 3, 1, 2)
+    torch.testing.assert_close(flicker(maps), torch.tensor([(2 + 0 + 0 + 1) / 4]))
+    assert torch.equal(flicker(maps[:, :1]), torch.zeros(1))
+    assert torch.equal(flicker(maps[:, :1].expand(1, 5, 1, 2)), torch.zeros(1))

@@ -11,15 +11,8 @@ from vipo import DiffusersPolicy, PerceptualStructuring
 from vipo.nano import ASSETS, world
 from vipo.nano.pretrain import write_prompts
 from vipo.psm import FrozenBackbone
+from vipo.psm.agreement import agreement
 from vipo.rewards import ClipPreference, score
-
-
-def foreground_auc(maps, masks):
-    """Chance that a subject position outweighs a background position, per picture: (n,)."""
-    values, subject = maps.flatten(1), masks.flatten(1) > 0.5
-    ranks = values.argsort(1).argsort(1).float() + 1
-    positive, negative = subject.sum(1), (~subject).sum(1)
-    return ((ranks * subject).sum(1) - positive * (positive + 1) / 2) / (positive * negative).clamp_min(1)
 
 
 def drawings(count=96):
@@ -54,7 +47,7 @@ def test_maps_find_the_subject_and_a_trained_backbone_does_so_better_than_a_rand
     for name, backbone in (("trained", trained), ("random", random)):
         for rule in ("border_energy", "library"):
             maps = PerceptualStructuring(backbone, orientation=rule)(drawing.images[:, None], latent_shape=(1, 16, 16))
-            auc[name, rule] = foreground_auc(maps[:, 0], masks)
+            auc[name, rule] = agreement(maps[:, 0], masks)["AUC"]
     assert auc["trained", "border_energy"].mean() > 0.98
     assert auc["trained", "library"].mean() < 0.7  # the released code's rule puts the ground on top half of the time
     split = rows[:, world.COLUMN["pattern"]] == world.PATTERNS.index("split")
@@ -74,7 +67,7 @@ def test_scorer_prefers_the_clean_picture(defect):
     clean = world.render(rows, torch.Generator().manual_seed(1)).images
     faulty = torch.full((192,), world.DEFECTS.index(defect))
     spoiled = world.render(rows, torch.Generator().manual_seed(1), faulty).images
-    won = score(scorer, clean[:, None], prompts) > score(scorer, spoiled[:, None], prompts)
+    won = score(scorer, clean[:, None], prompts).rewards > score(scorer, spoiled[:, None], prompts).rewards
     assert won.float().mean() > LEAST[defect]
 
 
@@ -86,8 +79,8 @@ def test_scorer_reads_the_prompt(word, least):
     wrong = rows.clone()
     column = world.COLUMN[word]
     wrong[:, column] = (wrong[:, column] + 1) % len(world.ATTRIBUTES[word])
-    right = score(scorer, drawing.images[:, None], world.describe(rows))
-    assert (right > score(scorer, drawing.images[:, None], world.describe(wrong))).float().mean() > least
+    right = score(scorer, drawing.images[:, None], world.describe(rows)).rewards
+    assert (right > score(scorer, drawing.images[:, None], world.describe(wrong)).rewards).float().mean() > least
 
 
 def test_pipeline_draws_what_the_prompt_says():

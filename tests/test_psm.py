@@ -15,7 +15,8 @@ from transformers import Dinov2Config, Dinov2Model
 
 import vipo.psm
 from vipo.psm import ORIENTATIONS, PerceptualStructuring
-from vipo.psm.allocation import PrincipalComponents, principal_components
+from vipo.psm.allocation import flicker
+from vipo.psm.pca import PrincipalComponents, principal_components
 
 
 def pooled(width: int) -> Callable[[Tensor], Tensor]:
@@ -24,7 +25,7 @@ def pooled(width: int) -> Callable[[Tensor], Tensor]:
     weights = torch.randn(3, width, generator=generator), torch.randn(width, width, generator=generator)
 
     def backbone(frames: Tensor) -> Tensor:
-        colours = torch.nn.functional.avg_pool2d(frames, 4).permute(0, 2, 3, 1)
+        colours = torch.nn.functional.avg_pool2d(frames.flatten(0, 1), 4).unflatten(0, frames.shape[:2]).movedim(2, -1)
         return torch.tanh(2 * colours @ weights[0].to(frames)) @ weights[1].to(frames)
 
     return backbone
@@ -77,7 +78,7 @@ def test_the_whole_map_equals_scikit_learn_and_scipy(solver: str, orientation: s
     maps = psm(frames, (2, 12, 10), temporal_compression=4)  # the latent grid is the patch grid: no resizing
     assert maps.shape == (3, 2, 12, 10) and maps.dtype == torch.float32
     for sample in range(3):
-        structure = reference(backbone(frames[sample].double()).numpy(), orientation, scope, 0.8)
+        structure = reference(backbone(frames[sample : sample + 1].double())[0].numpy(), orientation, scope, 0.8)
         expected = np.stack([structure[0], structure[1:].mean(0)])
         # PCA in float32: see test_pca_in_float32_is_close_to_float64.
         np.testing.assert_allclose(maps[sample], expected / expected.mean(), rtol=0, atol=1e-4)
@@ -88,7 +89,7 @@ def test_images_resized_to_the_latent_grid() -> None:
     frames = scenes(2)
     maps = PerceptualStructuring(backbone, smoothing=0)(frames, (1, 6, 5))
     for sample in range(2):
-        structure = reference(backbone(frames[sample].double()).numpy(), "border_energy", "sample", 0)
+        structure = reference(backbone(frames[sample : sample + 1].double())[0].numpy(), "border_energy", "sample", 0)
         weights = np.zeros((6, 12))  # halving: a triangle of reach 2 around 2 i + 1/2, cut at the edges
         for i in range(6):
             for source, weight in zip(range(2 * i - 1, 2 * i + 3), (0.25, 0.75, 0.75, 0.25), strict=True):
@@ -207,7 +208,7 @@ def test_options_reach_the_map() -> None:
 
 
 def test_autocast_of_the_caller_does_not_round_the_maps() -> None:
-    features = pooled(8)(scenes(2)[:, 0])
+    features = pooled(8)(scenes(2))
     psm = PerceptualStructuring(lambda frames: features)
     expected = psm(scenes(2), (1, 8, 8))
     with torch.autocast("cpu", torch.bfloat16):
@@ -230,6 +231,92 @@ def test_from_pretrained_passes_every_option_on(tmp_path: Path) -> None:
     torch.testing.assert_close(maps.mean((1, 2, 3)), torch.ones(2), rtol=1e-6, atol=0)
 
 
+# --------------------------------------------------------------------------------------------------------------- video
+
+
+@pytest.mark.parametrize("compression", [1, 2, 4, 8])
+@pytest.mark.parametrize("first_frame_alone", [True, False])
+def test_every_latent_frame_is_the_mean_of_its_own_pixel_frames(compression: int, first_frame_alone: bool) -> None:
+    alone = int(first_frame_alone)
+    frames = scenes(2, frames=alone + 2 * compression)
+    psm = PerceptualStructuring(pooled(8))
+    per_frame = psm.frame_maps(psm.features(frames))
+    maps = psm(frames, (2 + alone, 12, 10), compression, first_frame_alone=first_frame_alone)
+    groups = [[0]] * alone + [[alone + j * compression + i for i in range(compression)] for j in range(2)]
+    expected = torch.stack([per_frame[:, group].mean(1) for group in groups], 1)
+    torch.testing.assert_close(maps, expected / expected.mean((1, 2, 3), keepdim=True), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize("scope", ["sample", "frame"])
+@pytest.mark.parametrize("motion", ["none", "difference", "flow"])
+def test_a_static_clip_does_not_flicker(orientation: str, scope: str, motion: str) -> None:
+    still = scenes(2)
+    psm = PerceptualStructuring(pooled(8), orientation=orientation, pca_scope=scope, motion=motion)
+    maps = psm(still.expand(-1, 9, -1, -1, -1), (3, 12, 10), 4)
+    assert flicker(maps).max() < 1e-4  # of a mean of 1
+    torch.testing.assert_close(maps[:, :1], psm(still, (1, 12, 10)), rtol=0, atol=2e-3)  # and it is the image's map
+
+
+def test_a_basis_per_frame_flickers_where_one_per_clip_does_not() -> None:
+    """Two components of nearly one variance change places between frames; energy does not see it, a sign rule does."""
+    generator = torch.Generator().manual_seed(4)
+    frames = scenes(3, frames=6) + 0.03 * torch.randn(3, 6, 3, 48, 40, generator=generator)
+
+    def worst(**options: str) -> float:
+        psm = PerceptualStructuring(pooled(8), **options)  # type: ignore[arg-type]
+        return float(flicker(psm(frames.clamp(0, 1), (6, 12, 10))).max())
+
+    assert worst(pca_scope="sample", orientation="library") < 0.9 * worst(pca_scope="frame", orientation="library")
+
+
+@pytest.mark.parametrize("motion", ["difference", "flow"])
+def test_motion_moves_the_weight_to_what_moves(motion: str) -> None:
+    """Two equal squares, one of which moves: the perceptual map sees two subjects, the motion map one."""
+    frames = torch.full((1, 5, 3, 48, 96), 0.2)
+    square = torch.rand(3, 12, 12, generator=torch.Generator().manual_seed(5)) * 0.5 + 0.5
+    for f in range(5):
+        frames[0, f, :, 18:30, 18:30] = square
+        frames[0, f, :, 18 + f : 30 + f, 66:78] = square
+    plain = PerceptualStructuring(pooled(8))(frames, (5, 12, 24))
+    maps = {
+        method: PerceptualStructuring(pooled(8), motion=motion, combine=method)(frames, (5, 12, 24))
+        for method in ("product", "mean", "power")
+    }
+
+    def share(values: Tensor) -> float:
+        return float(values[..., 12:].sum() / values.sum())
+
+    assert 0.45 < share(plain) < 0.55
+    assert all(share(values) > 0.65 for values in maps.values()), {k: share(v) for k, v in maps.items()}
+    for values in maps.values():
+        torch.testing.assert_close(values.mean((1, 2, 3)), torch.ones(1), rtol=1e-5, atol=0)
+
+
+def test_features_can_be_used_again() -> None:
+    frames = scenes(2, frames=5)
+    for options in ({}, {"motion": "flow"}, {"orientation": "skewness", "temperature": 0.5}):
+        psm = PerceptualStructuring(pooled(8), **options)  # type: ignore[arg-type]
+        again = psm.allocate(psm.features(frames), (2, 6, 5), 4, frames=frames)
+        assert torch.equal(again, psm(frames, (2, 6, 5), 4))
+    with pytest.raises(ValueError, match="pass them, got None"):
+        PerceptualStructuring(pooled(8), motion="flow").allocate(pooled(8)(frames), (2, 6, 5), 4)
+
+
+def test_any_module_is_a_backbone() -> None:
+    class Patches(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = torch.nn.Conv2d(3, 8, 4, stride=4)
+
+        def forward(self, frames: Tensor) -> Tensor:
+            return self.convolution(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]).movedim(2, -1)
+
+    torch.manual_seed(0)
+    maps = PerceptualStructuring(Patches())(scenes(2, frames=3), (3, 6, 5))
+    assert maps.shape == (2, 3, 6, 5) and not maps.requires_grad and maps.std() > 0.1
+
+
 # ------------------------------------------------------------------------------------------------------------ failures
 
 
@@ -244,7 +331,11 @@ def test_from_pretrained_passes_every_option_on(tmp_path: Path) -> None:
         ({"components": 0}, "components: expected at least 1"),
         ({"smoothing": -1.0}, "sigma >= 0"),
         ({"floor": 1.0}, "0 <= floor < 1"),
-        ({"floor": 0.1, "normalisation": "minmax"}, 'needs normalisation "mean"'),
+        ({"floor": 0.1, "normalisation": "minmax"}, 'need normalisation "mean"'),
+        ({"temperature": 0.0}, "temperature > 0"),
+        ({"motion": "flows"}, "did you mean 'flow'"),
+        ({"combine": "products"}, "did you mean 'product'"),
+        ({"motion_weight": 1.5}, "0 <= weight <= 1"),
     ],
 )
 def test_options_are_checked_before_anything_runs(options: dict[str, object], message: str) -> None:
@@ -301,7 +392,7 @@ def test_a_failing_backbone_stops_the_run_with_its_own_reason() -> None:
     def failing(frames: Tensor) -> Tensor:
         raise RuntimeError("CUDA error: device-side assert\nand much more")
 
-    with pytest.raises(RuntimeError, match=r"failed on 2 frames of shape \(3, 48, 40\): .* assert$") as caught:
+    with pytest.raises(RuntimeError, match=r"failed on frames of shape \(2, 1, 3, 48, 40\): .* assert$") as caught:
         PerceptualStructuring(failing)(scenes(2), (1, 4, 4))
     assert isinstance(caught.value.__cause__, RuntimeError)
 
@@ -310,7 +401,7 @@ def test_a_failing_backbone_stops_the_run_with_its_own_reason() -> None:
 def test_features_that_are_not_finite_stop_the_run(value: float) -> None:
     def broken(frames: Tensor) -> Tensor:
         features = pooled(8)(frames)
-        features[-1, 3, 3, 3] = value
+        features[-1, 0, 3, 3, 3] = value
         return features
 
     with pytest.raises(RuntimeError, match="features are not finite"):
@@ -320,10 +411,9 @@ def test_features_that_are_not_finite_stop_the_run(value: float) -> None:
 @pytest.mark.parametrize(
     ("backbone", "message"),
     [
-        (lambda frames: pooled(8)(frames)[:1], "M = 2"),
-        (lambda frames: pooled(8)(frames).flatten(1, 2), "wrong number of dimensions"),
-        (lambda frames: pooled(8)(frames)[:, :0], "at least one value"),
-        (lambda frames: pooled(8)(frames).to("meta"), "on cpu.* on meta"),
+        (lambda frames: pooled(8)(frames)[:1], "N = 2"),
+        (lambda frames: pooled(8)(frames).flatten(2, 3), "wrong number of dimensions"),
+        (lambda frames: pooled(8)(frames)[:, :, :0], "at least one value"),
         (lambda frames: (pooled(8)(frames),), "expected a tensor, got tuple"),
         (lambda frames: pooled(2)(frames), r"min\(P, D\) = 2"),
     ],

@@ -18,6 +18,8 @@ sigma is in (0, 1], 1 = pure noise. Log-probs are float32 and in nats.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +52,14 @@ def check_shape(name: str, tensor: Tensor, shape: str, sizes: dict[str, int] | N
         if expected != size:
             raise ValueError(f"{name}: expected shape ({', '.join(letters)}) with {letter} = {expected}, got {got}")
     return sizes
+
+
+def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
+    """Raise ValueError, with the nearest allowed value, if `value` is not one of `allowed`."""
+    if value not in allowed:
+        close = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}{hint}")
 
 
 @dataclass(frozen=True)

@@ -1,145 +1,24 @@
-"""The Visual Preference Allocator: patch features -> one non-negative map per frame (ViPO Eq. 2), pure batched torch.
+"""The Visual Preference Allocator: principal components -> one non-negative map per frame (ViPO Eq. 2), pure torch.
 
-    F -> principal_components -> orient -> aggregate -> smooth -> (latent_grid: resize, pool) -> normalise -> M
+    F -> pca -> orient -> aggregate -> smooth -> (latent_grid: resize, pool) -> combine -> normalise -> M
 
-B is a batch of feature sets that each get their own basis: B = N with P = F*h*w for one basis per sample, B = N*F
-with P = h*w for one basis per frame. Nothing here loops over samples or frames, and nothing has a gradient.
+Everything is batched; nothing here loops over samples or frames, and nothing has a gradient.
 """
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Callable, Collection
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from vipo.types import check_shape
+from vipo.psm.pca import NOISE_EPS, PrincipalComponents, canonical_projections
+from vipo.types import check_choice, check_shape
 
-SOLVERS = ("subspace", "exact")
 WEIGHTINGS = ("variance", "mean", "first")
 NORMALISATIONS = ("mean", "minmax")
-CONTROLS = ("ones", "shuffled", "inverted", "random")
-
-# In units of the dtype's eps: deviations this small against the features' norm, or a variance this small against the
-# first component's, are rounding noise, which a division by its own size would blow up into a map.
-_NOISE_EPS = 16
-_OVERSAMPLING = 5
-_SUBSPACE_ITERATIONS = 8
-
-
-def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
-    """Raise ValueError, with the nearest allowed value, if `value` is not one of `allowed`."""
-    if value not in allowed:
-        close = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}{hint}")
-
-
-class PrincipalComponents(NamedTuple):
-    """The leading principal components of B feature sets. The sign of a component is arbitrary.
-
-    Attributes:
-        projections: (B, P, K) centred features times loadings; mean 0 over P; zeros for a component without variance.
-        explained_variance_ratio: (B, K) lambda_j, variance of component j over the total variance, in [0, 1].
-        loadings: (B, K, D) unit directions in feature space; without meaning where the ratio is 0.
-    """
-
-    projections: Tensor
-    explained_variance_ratio: Tensor
-    loadings: Tensor
-
-
-@torch.no_grad()
-def principal_components(features: Tensor, components: int = 3, solver: str = "subspace") -> PrincipalComponents:
-    """Fit PCA per feature set: Z = PCA_K(F) (ViPO Eq. 2).
-
-        X = F - mean_P(F),   X V_j = s_j U_j,   Z_j = X V_j,   lambda_j = |Z_j|^2 / |X|^2
-
-    Args:
-        features: (B, P, D), finite, any floating dtype; float64 is kept, everything else is computed in float32.
-        components: K, 1 <= K <= min(P, D).
-        solver: "subspace" iterates on K + 5 vectors from a fixed start; "exact" takes the eigenvectors of the
-            smaller of X^T X and X X^T. They agree where the spectrum is clear (|cos| > .9999 on ViT-like spectra).
-
-    Returns:
-        PrincipalComponents without gradient. Constant features have ratios and projections 0.
-
-    Raises:
-        ValueError: wrong rank, unknown solver, or K outside [1, min(P, D)].
-    """
-    sizes = check_shape("features", features, "B P D")
-    check_choice("solver", solver, SOLVERS)
-    rank_limit = min(sizes["P"], sizes["D"])
-    if not 1 <= components <= rank_limit:
-        raise ValueError(
-            f"components: expected 1 to min(P, D) = {rank_limit} for features of shape {tuple(features.shape)}, "
-            f"got {components}; ask for fewer components or give a finer patch grid"
-        )
-    features = features if features.dtype == torch.float64 else features.float()
-    centred = features - features.mean(1, keepdim=True)
-    noise = _NOISE_EPS * torch.finfo(features.dtype).eps
-    energy = centred.square().sum((1, 2))
-    varies = energy > noise**2 * features.square().sum((1, 2))
-    if solver == "exact" and sizes["P"] < sizes["D"]:
-        left = _top_eigenvectors(centred @ centred.mT, components)
-        scaled_loadings = left.mT @ centred
-        lengths = scaled_loadings.norm(dim=2)
-        projections = left * lengths[:, None]
-        loadings = scaled_loadings / torch.where(lengths > 0, lengths, 1)[..., None]
-    else:
-        if solver == "exact":
-            directions = _top_eigenvectors(centred.mT @ centred, components)
-        else:
-            directions = _leading_directions(centred, components)
-        projections = centred @ directions
-        lengths = projections.norm(dim=1)
-        loadings = directions.mT
-    variances = lengths.square()
-    keep = varies[:, None] & (variances > noise * variances[:, :1])
-    ratio = variances / torch.where(energy > 0, energy, 1)[:, None]
-    zero = projections.new_zeros(())
-    return PrincipalComponents(torch.where(keep[:, None], projections, zero), torch.where(keep, ratio, zero), loadings)
-
-
-def _top_eigenvectors(gram: Tensor, components: int) -> Tensor:
-    """Return the K leading eigenvectors of symmetric matrices (B, R, R), largest first, (B, R, K)."""
-    vectors: Tensor = torch.linalg.eigh(gram).eigenvectors
-    return vectors.flip(-1)[..., :components]
-
-
-def _leading_directions(centred: Tensor, components: int) -> Tensor:
-    """Return the leading right singular vectors of X (B, P, D) by subspace iteration with Rayleigh-Ritz, (B, D, K).
-
-    Halko, Martinsson and Tropp 2011, algorithm 4.4, from one fixed start for every feature set, so that a sample's
-    map depends neither on chance nor on its batch.
-    """
-    batch, positions, channels = centred.shape
-    width = min(components + _OVERSAMPLING, positions, channels)
-    start = torch.randn(channels, width, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
-    basis: Tensor = start.to(centred.device, centred.dtype, non_blocking=True).expand(batch, -1, -1)
-    for _ in range(_SUBSPACE_ITERATIONS):
-        basis = _orthonormal_columns(centred.mT @ _orthonormal_columns(centred @ basis))
-    # Once more: where singular values span 1:100, one Gram pass in float32 left ratios wrong by 2e-3, two by 1e-6.
-    basis = _orthonormal_columns(basis)
-    projections = centred @ basis
-    return basis @ _top_eigenvectors(projections.mT @ projections, components)
-
-
-def _orthonormal_columns(columns: Tensor) -> Tensor:
-    """Orthonormalise tall thin matrices (B, R, q): Y V L^(-1/2) with Y^T Y = V L V^T; null directions become zeros.
-
-    Not torch.linalg.qr: on CUDA that loops over the batch (pytorch issue 143281), while eigh of q x q matrices does
-    not. Directions of less than about q * eps of the largest variance are lost (1e-6 in float32).
-    """
-    values: Tensor
-    vectors: Tensor
-    values, vectors = torch.linalg.eigh(columns.mT @ columns)
-    floor = values[:, -1:] * (columns.shape[-1] * torch.finfo(columns.dtype).eps)
-    scale = torch.where(values > floor, values, torch.inf).rsqrt()
-    return (columns @ vectors) * scale[:, None]
+COMBINATIONS = ("product", "mean", "max", "power")
 
 
 def _border(grid: Tensor) -> Tensor:
@@ -157,13 +36,13 @@ def _span(grid: Tensor) -> Tensor:
     return (grid - low) / torch.where(spread > 0, spread, 1)
 
 
-def _centre_prior(grid: Tensor) -> Tensor:
-    """Return exp(-(x^2 + y^2) / (2 * 0.5^2)) on the patch grid, x and y in [-1, 1], shaped (h, w, 1)."""
+def centre_prior(height: int, width: int, like: Tensor) -> Tensor:
+    """Return exp(-(x^2 + y^2) / (2 * 0.5^2)), (h, w), x and y in [-1, 1], of `like`'s dtype and device."""
     rows, columns = (
-        torch.linspace(-1, 1, size, device=grid.device, dtype=grid.dtype) if size > 1 else grid.new_zeros(1)
-        for size in grid.shape[2:4]
+        torch.linspace(-1, 1, size, device=like.device, dtype=like.dtype) if size > 1 else like.new_zeros(1)
+        for size in (height, width)
     )
-    return torch.exp(-2 * (rows[:, None] ** 2 + columns**2))[..., None]
+    return torch.exp(-2 * (rows[:, None] ** 2 + columns**2))
 
 
 def _signed(grid: Tensor, evidence: Tensor) -> Tensor:
@@ -178,7 +57,7 @@ _ORIENTATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "skewness": lambda z: _signed(z, z**3),
     "energy": lambda z: z.square(),
     "library": lambda z: _span(-z),
-    "centre": lambda z: _signed(z, z * _centre_prior(z)),
+    "centre": lambda z: _signed(z, z * centre_prior(z.shape[2], z.shape[3], z)[..., None]),
 }
 ORIENTATIONS = tuple(_ORIENTATIONS)
 
@@ -216,9 +95,7 @@ def orient(components: PrincipalComponents, grid: tuple[int, int, int], rule: st
     frames, height, width = grid
     sizes = check_shape("projections", components.projections, f"B {frames * height * width} K")
     check_shape("loadings", components.loadings, "B K D", sizes)
-    strongest = components.loadings.abs().argmax(-1, keepdim=True)
-    negative = components.loadings.gather(-1, strongest).mT < 0
-    projections = torch.where(negative, -components.projections, components.projections)
+    projections = canonical_projections(components)
     std = projections.square().mean(1, keepdim=True).sqrt()
     z = projections / torch.where(std > 0, std, 1)
     return _ORIENTATIONS[rule](torch.unflatten(z, 1, grid))
@@ -284,32 +161,77 @@ def smooth(maps: Tensor, sigma: float) -> Tensor:
     return blur_matrix(sizes["h"], sigma, maps) @ maps @ blur_matrix(sizes["w"], sigma, maps).mT
 
 
-def normalise(maps: Tensor, method: str = "mean", floor: float = 0.0) -> Tensor:
+def combine(first: Tensor, second: Tensor, method: str = "product", weight: float = 0.5) -> Tensor:
+    """Combine two maps of the same samples, each brought to mean 1 per sample first (a constant one to ones).
+
+        product  S V        mean  (1 - w) S + w V        max  max(S, V)        power  S^(1 - w) V^w
+
+    With a constant second map, product gives the first map, and so do mean and power up to their weight.
+
+    Args:
+        first: S, (N, T, H, W), >= 0.
+        second: V, of the same shape, >= 0.
+        method: one of COMBINATIONS.
+        weight: w of the second map, in [0, 1], for mean and power.
+
+    Returns:
+        (N, T, H, W), >= 0, of any mean; zeros where the two exclude each other everywhere.
+
+    Raises:
+        ValueError: shapes that differ, an unknown method, or a weight outside [0, 1].
+    """
+    check_choice("combine", method, COMBINATIONS)
+    if not 0 <= weight <= 1:
+        raise ValueError(f"motion_weight: expected 0 <= weight <= 1, got {weight}")
+    check_shape("second map", second, "N T H W", check_shape("first map", first, "N T H W"))
+    first, second = normalise(first), normalise(second)
+    if method == "product":
+        return first * second
+    if method == "max":
+        return torch.maximum(first, second)
+    if method == "mean":
+        return torch.lerp(first, second, weight)
+    return first ** (1 - weight) * second**weight
+
+
+def normalise(maps: Tensor, method: str = "mean", *, temperature: float = 1.0, floor: float = 0.0) -> Tensor:
     """Scale each sample's map over all of its positions; a constant map, zeros too, becomes ones (scalar GRPO).
 
-        mean:    M <- M / mean(M), then M <- floor + (1 - floor) M: the advantage is redistributed, its total is kept
+        mean:    M <- M^(1/temperature), M <- M / mean(M), M <- floor + (1 - floor) M: the advantage is redistributed,
+                 its total is kept
         minmax:  M <- (M - min) / (max - min), the released code's: the mean is left free, about .3 to .5
+
+    M^(1/temperature) over its sum is the softmax of log(M) / temperature: towards 0 the largest position takes all,
+    towards infinity every position that is not 0 gets the same.
 
     Args:
         maps: (N, T, H, W), >= 0.
         method: one of NORMALISATIONS.
+        temperature: > 0; with "mean" only.
         floor: in [0, 1), least weight that any position keeps; with "mean" only.
 
     Returns:
         (N, T, H, W), >= 0; with "mean" of mean 1 per sample, up to rounding.
 
     Raises:
-        ValueError: wrong rank, unknown method, floor outside [0, 1), or floor > 0 with "minmax".
+        ValueError: wrong rank, unknown method, an option out of range, or one that "minmax" does not have.
     """
     check_shape("maps", maps, "N T H W")
     check_choice("normalisation", method, NORMALISATIONS)
-    if not 0 <= floor < 1:
-        raise ValueError(f"floor: expected 0 <= floor < 1, got {floor}")
-    if floor > 0 and method != "mean":
-        raise ValueError(f'floor: {floor} needs normalisation "mean", got "{method}"; set floor to 0')
+    if not 0 <= floor < 1 or not 0 < temperature < math.inf:
+        raise ValueError(
+            f"expected 0 <= floor < 1 and a finite temperature > 0, got floor {floor} and temperature {temperature}"
+        )
+    if method != "mean" and (floor > 0 or temperature != 1):
+        raise ValueError(
+            f'floor {floor} and temperature {temperature} need normalisation "mean", got "{method}"; '
+            "set floor to 0 and temperature to 1"
+        )
     low, high = maps.amin((1, 2, 3), keepdim=True), maps.amax((1, 2, 3), keepdim=True)
-    constant = high - low <= _NOISE_EPS * torch.finfo(maps.dtype).eps * high.abs()
+    constant = high - low <= NOISE_EPS * torch.finfo(maps.dtype).eps * high.abs()
     if method == "mean":
+        if temperature != 1:
+            maps = (maps / torch.where(constant, 1, high)) ** (1 / temperature)  # the largest is 1: no overflow
         mean = maps.mean((1, 2, 3), keepdim=True)
         scaled = floor + (1 - floor) * maps / torch.where(constant, 1, mean)
     else:
@@ -317,63 +239,13 @@ def normalise(maps: Tensor, method: str = "mean", floor: float = 0.0) -> Tensor:
     return torch.where(constant, 1, scaled)
 
 
-def control_maps(maps: Tensor, kind: str, generator: torch.Generator | None = None) -> Tensor:
-    """Make the maps that a claim about ViPO must beat: same strength, other places.
-
-        ones      1 everywhere: scalar GRPO
-        shuffled  blocks of 2 x 2 positions permuted within each sample (single positions where H or W is odd or the map
-                  is one block): the same values, elsewhere
-        inverted  max - M, divided by its mean: pressure where perception does not look
-        random    a smooth random field whose sorted values are M's, divided by its mean: a plausible map of nothing
-
-    Args:
-        maps: (N, T, H, W), >= 0.
-        kind: one of CONTROLS.
-        generator: for "shuffled" and "random", on any device.
-
-    Returns:
-        (N, T, H, W), >= 0; mean 1 per sample, except that "shuffled" keeps the mean of `maps`.
-
-    Raises:
-        ValueError: wrong rank, unknown kind, or no generator where one is needed.
-    """
-    check_shape("maps", maps, "N T H W")
-    check_choice("control", kind, CONTROLS)
-    if kind == "ones":
-        return torch.ones_like(maps)
-    if kind == "inverted":
-        return normalise(maps.amax((1, 2, 3), keepdim=True) - maps)
-    if generator is None:
-        raise ValueError(f'control "{kind}" draws random numbers: pass a torch.Generator, got None')
-    return _shuffle_blocks(maps, generator) if kind == "shuffled" else normalise(_random_field(maps, generator))
-
-
-def _shuffle_blocks(maps: Tensor, generator: torch.Generator) -> Tensor:
-    """Permute the 2 x 2 blocks (or the positions) of each sample of (N, T, H, W)."""
-    samples, frames, height, width = maps.shape
-    side = 2 if height % 2 == 0 and width % 2 == 0 and maps[0].numel() > 4 else 1
-    blocks = maps.reshape(samples, frames, height // side, side, width // side, side).transpose(3, 4)
-    rows = blocks.reshape(samples, -1, side * side)
-    order = torch.rand(rows.shape[:2], generator=generator, device=generator.device).argsort(1).to(maps.device)
-    rows = rows.gather(1, order[..., None].expand_as(rows))
-    return rows.view(blocks.shape).transpose(3, 4).reshape_as(maps)
-
-
-def _random_field(maps: Tensor, generator: torch.Generator) -> Tensor:
-    """Lay each sample's values out by the ranks of white noise blurred over an eighth of each axis."""
-    noise = torch.randn(maps.shape, generator=generator, device=generator.device).to(maps.device)
-    for axis in (1, 2, 3):
-        size = noise.shape[axis]
-        noise = torch.tensordot(noise, blur_matrix(size, size / 8, noise), ([axis], [1])).movedim(-1, axis)
-    ranks = noise.flatten(1).argsort(1).argsort(1)
-    return maps.flatten(1).sort(1).values.gather(1, ranks).view_as(maps)
-
-
 def map_statistics(maps: Tensor) -> dict[str, Tensor]:
     """Summarise allocation maps for the log; every number is a 0-dim tensor, without a host sync.
 
         entropy           mean over samples of -sum_p q log q / log P with q = M / sum(M); 1 = uniform, 0 = one position
         border_to_centre  mean over the frames' outer ring, divided by the mean over their central half (both axes)
+        flicker           mean |M_t - M_(t-1)| over neighbouring latent frames; 0 for images and for static clips
+        constant          number of samples whose map says nothing: all positions equal
         mean, max         over everything
 
     Args:
@@ -392,6 +264,20 @@ def map_statistics(maps: Tensor) -> dict[str, Tensor]:
     return {
         "entropy": entropy,
         "border_to_centre": _border(maps[..., None]).mean() / centre.mean().clamp_min(tiny),
+        "flicker": flicker(maps).mean(),
+        "constant": (maps.amax((1, 2, 3)) == maps.amin((1, 2, 3))).sum(),
         "mean": maps.mean(),
         "max": maps.amax(),
     }
+
+
+def flicker(maps: Tensor) -> Tensor:
+    """Return the mean |M_t - M_(t-1)| over neighbouring latent frames and positions, (N,); 0 where T = 1.
+
+    Args:
+        maps: (N, T, H, W).
+    """
+    check_shape("maps", maps, "N T H W")
+    if maps.shape[1] == 1:
+        return maps.new_zeros(len(maps))
+    return maps.diff(dim=1).abs().mean((1, 2, 3))

@@ -12,6 +12,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from ..nano import resolve
 from ..psm.backbones import first_line, pixel_statistics
+from ..psm.families import FAMILIES
 from ..types import check_shape
 
 
@@ -54,7 +55,7 @@ class ClipPreference(nn.Module):
             tokenizer = CLIPTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise ValueError(f"reward: cannot load a CLIP model from {path}: {first_line(error)}") from error
-        mean, std = pixel_statistics(path)
+        mean, std = pixel_statistics(path, FAMILIES["clip_vision_model"].statistics)
         return cls(model, tokenizer, mean, std).to(device)
 
     def tokens_and_embeddings(self, images: Tensor) -> tuple[Tensor, Tensor]:
