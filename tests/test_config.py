@@ -121,4 +121,4 @@ def test_the_nano_recipes_differ_in_map_and_level_only():
     recipes = Path(vipo.__file__).parent / "recipes"
     grpo, vipo_ = (Config.from_yaml(recipes / f"nano_{name}.yaml").model_dump() for name in ("grpo", "vipo"))
     differing = {(s, k) for s in grpo for k in grpo[s] if grpo[s][k] != vipo_[s][k]}
-    assert differing == {("map", "source"), ("loss", "level"), ("loss", "clip_range"), ("run", "output")}
+    assert differing == {("map", "control"), ("loss", "level"), ("loss", "clip_range"), ("run", "output")}

@@ -18,8 +18,8 @@ CALL = {"max_sequence_length": 8}
 
 def colour_backbone(frames):
     """Patch features without a network: local mean and contrast of 8x8 patches."""
-    patches = frames.unfold(2, 8, 8).unfold(3, 8, 8)
-    return torch.cat([patches.mean((-1, -2)), patches.std((-1, -2))], 1).movedim(1, -1)
+    patches = frames.unfold(3, 8, 8).unfold(4, 8, 8)
+    return torch.cat([patches.mean((-1, -2)), patches.std((-1, -2))], 2).movedim(2, -1)
 
 
 def brightness(frames, prompts):
@@ -47,7 +47,7 @@ def make(tmp_path, reward=brightness, train="lora", backbone=colour_backbone, on
     policy = DiffusersPolicy(
         build("sd3"), kernel="flow_grpo", eta=0.7, train=adapter if train == "lora" else train, device="cpu"
     )
-    psm = None if config.map.source == "ones" else PerceptualStructuring(backbone)
+    psm = None if config.map.control == "ones" else PerceptualStructuring(backbone)
     return Trainer(config, policy=policy, psm=psm, reward=reward)
 
 
@@ -168,7 +168,7 @@ def test_a_backbone_that_fails_stops_the_run(tmp_path):
     def broken(frames):
         raise RuntimeError("CUDA error: device-side assert")
 
-    with pytest.raises(BackboneError, match="the map's backbone failed on 6 frames .*device-side assert"):
+    with pytest.raises(BackboneError, match="the map's backbone failed on frames of shape .*device-side assert"):
         make(tmp_path, backbone=broken).step(0)
     with pytest.raises(BackboneError, match="features are not finite"):
         make(tmp_path, backbone=lambda frames: colour_backbone(frames) * float("nan")).step(0)
@@ -184,7 +184,7 @@ def test_micro_batches_give_the_whole_batchs_gradient(tmp_path):
 
 
 def test_ones_at_position_level_is_scalar_grpo_on_policy(tmp_path):
-    ones = {"source": "ones"}
+    ones = {"control": "ones"}
     a = make(tmp_path, map=ones, loss={"level": "position"})
     b = make(tmp_path, map=ones, loss={"level": "sample", "clip_range": 1e-4})
     first, second = a.step(0), b.step(0)
@@ -215,7 +215,32 @@ def test_kl_is_logged_and_pulls_back(tmp_path):
     assert (weights(held) - weights(reference)).norm() < (weights(free) - weights(reference)).norm()
 
 
-@pytest.mark.parametrize("source", ["shuffled", "inverted", "random"])
-def test_control_maps_train(tmp_path, source):
-    metrics = make(tmp_path, map={"source": source}).step(0)
+@pytest.mark.parametrize("control", ["centre", "shuffled", "inverted", "random"])
+def test_control_maps_train(tmp_path, control):
+    metrics = make(tmp_path, map={"control": control}).step(0)
     assert metrics["map_mean"] == pytest.approx(1, abs=1e-4)
+
+
+def test_a_reward_that_shows_where_it_looked(tmp_path):
+    def left(frames, prompts):
+        half = torch.zeros(len(frames), 1, 1, 2)
+        half[..., 0] = 1
+        return brightness(frames, prompts), half
+
+    trainer = make(tmp_path, reward=left, map={"source": "reward"})
+    trainer.step(0)
+    assert trainer.maps[..., 0].min() > 1.5 and trainer.maps[..., -1].max() < 0.5
+    with pytest.raises(ValueError, match="map.source=reward: the reward returned scores only"):
+        make(tmp_path, map={"source": "reward"}).step(0)
+
+
+def test_boxes_from_a_file_and_a_missing_one_is_found_before_the_run(tmp_path):
+    path = tmp_path / "masks.jsonl"
+    entries = [{"prompt": prompt, "boxes": [[0, 0, 0.5, 1]]} for prompt in ("a red cat", "two dogs", "a green house")]
+    path.write_text("\n".join(json.dumps(entry) for entry in entries))
+    trainer = make(tmp_path, map={"source": "masks", "path": str(path)})
+    trainer.step(0)
+    assert trainer.maps[..., 0].min() > 1.5 and trainer.maps[..., -1].max() == 0
+    path.write_text(json.dumps(entries[0]))
+    with pytest.raises(ValueError, match="no entry for 2 prompts, first 'two dogs'"):
+        make(tmp_path, map={"source": "masks", "path": str(path)})

@@ -6,7 +6,8 @@ Every field has its meaning, unit and default here; `vipo train --help` prints t
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+import importlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,13 @@ def _clip_bounds(value: float | tuple[float, float]) -> float | tuple[float, flo
     low, high = value if isinstance(value, tuple) else (value, value)
     if not (0 < low < 1 and high > 0):
         raise ValueError("expected 0 < low < 1 and high > 0")
+    return value
+
+
+def _map_source(value: str) -> str:
+    if value not in ("psm", "masks", "reward") and ":" not in value:
+        hint = "; ones is a control now: map.control=ones" if value == "ones" else ""
+        raise ValueError(f"expected psm, masks, reward or package.module:function{hint}")
     return value
 
 
@@ -112,10 +120,20 @@ class RewardConfig(Section):
 class MapConfig(Section):
     """The allocation map: where the advantage goes."""
 
-    source: Literal["psm", "ones", "shuffled", "inverted", "random"] = "psm"
-    """psm (ViPO), ones (no map), or a control made from the psm map: shuffled, inverted, random."""
+    source: Annotated[str, AfterValidator(_map_source)] = "psm"
+    """psm (ViPO), masks (a file of masks or boxes), reward (the reward's own credit), or package.module:function."""
+    path: Path | None = None
+    """For source masks: JSON lines of prompt and mask (a file) or boxes, see vipo.maps.MaskFile."""
+    control: Literal["ones", "centre", "shuffled", "inverted", "random"] | None = None
+    """Instead of the map: ones (scalar GRPO), centre (a blob); or made from it: shuffled, inverted, random."""
     backbone: str = "nano"
-    """"nano", a folder or a hub id of a DINOv2 model."""
+    """"nano", a folder or a hub id: DINOv2, DINOv3, SAM, CLIP, SigLIP, ResNet, ConvNeXt, V-JEPA 2, VideoMAE."""
+    layer: Annotated[int, Field(ge=-1)] = -1
+    """Hidden state of the backbone: -1 the last, 0 the embeddings."""
+    chunk: Positive | None = None
+    """Frames per forward pass of the backbone; null for 32, on a CPU as many as make up 512 x 512 pixels."""
+    autocast: Literal["bfloat16", "float16"] | None = None
+    """Autocast inside the backbone; null for float32. See docs/maps.md for its effect."""
     components: Positive = 3
     """Principal components K. The ViPO paper: 3."""
     orientation: Literal["border_energy", "border", "skewness", "energy", "centre", "library"] = "border_energy"
@@ -126,12 +144,35 @@ class MapConfig(Section):
     """Gaussian smoothing in patches. The ViPO paper: 1."""
     normalisation: Literal["mean", "minmax"] = "mean"
     """mean: 1 on average per sample, which preserves the advantage's total; minmax: the released code's."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Below 1 sharper, above 1 flatter (mean normalisation)."""
     floor: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Least weight of any position (mean normalisation)."""
+    motion: Literal["none", "difference", "flow"] = "none"
+    """Second map of a clip: frame difference or optical flow."""
+    combine: Literal["product", "mean", "max", "power"] = "product"
+    """How the motion map joins the first."""
+    motion_weight: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Weight of the motion map (mean and power)."""
     pca_scope: Literal["sample", "frame"] = "sample"
     """One basis per sample (clip) or per frame."""
+    solver: Literal["subspace", "exact"] = "subspace"
+    """PCA by subspace iteration or by a full eigendecomposition."""
     image_size: Positive | None = None
     """Pixels of the shorter side that the backbone sees; null for the frames' own size."""
+
+    @property
+    def label(self) -> str:
+        """What the maps are, in a word: the control, or the source."""
+        return self.control or self.source
+
+    @model_validator(mode="after")
+    def _check(self) -> MapConfig:
+        if (self.source == "masks") != (self.path is not None):
+            raise ValueError("map.path: expected a .jsonl file with map.source=masks, and only there")
+        if self.normalisation == "minmax" and (self.floor > 0 or self.temperature != 1):
+            raise ValueError("map.floor and map.temperature need map.normalisation=mean")
+        return self
 
 
 class LossConfig(Section):
@@ -261,6 +302,30 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The resolved config, every key written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def import_function(key: str, name: str, signature: str) -> Callable[..., Any]:
+    """Import a user's "package.module:function" that a config names.
+
+    Args:
+        key: of the config, for the error.
+        name: "package.module:function".
+        signature: what it should be, for the error.
+
+    Raises:
+        ValueError: no such module or function, or not callable.
+    """
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except ImportError as error:
+        raise ValueError(f"{key}: cannot import {module!r} for {name!r}: {error}; is it on PYTHONPATH?") from error
+    except AttributeError:
+        raise ValueError(f"{key}: module {module!r} has no {function!r}") from None
+    if not callable(found):
+        raise ValueError(f"{key}: {name!r} is not callable; expected a function {signature}")
+    imported: Callable[..., Any] = found
+    return imported
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -74,12 +74,12 @@ def preflight(config: Config) -> list[Finding]:
     findings.append(Finding("rollout", True, f"{rollout / 2:.2f} s per sample; latents C={c} T={t} H={h} W={w}"))
     findings.append(_replay(policy, traj))
     frames = policy.decode(traj)
-    rewards = score(trainer.reward, frames, pair)
+    rewards, credit = score(trainer.reward, frames, pair)
     finite = bool(torch.isfinite(rewards).all())
     findings.append(
         Finding("reward", finite, f"{config.reward.name}: {', '.join(f'{r:.3f}' for r in rewards.tolist())}")
     )
-    findings.append(_map(trainer, frames, traj))
+    findings.append(_map(trainer, frames, traj, credit))
     if not finite:
         return findings
     findings.append(_one_step(trainer, config))
@@ -123,18 +123,19 @@ def _replay(policy: DiffusersPolicy, traj: Trajectory) -> Finding:
     return Finding("replay", largest <= DRIFT, f"log-probs differ from the rollout's by at most {largest:.2g} nats")
 
 
-def _map(trainer: Trainer, frames: Tensor, traj: Trajectory) -> Finding:
+def _map(trainer: Trainer, frames: Tensor, traj: Trajectory, credit: Tensor | None) -> Finding:
     """Two maps with one mean must give different gradients, or the map has no effect."""
-    maps = trainer.allocation_maps(frames, traj.latent_shape[1:], 0)
-    entropy = float(map_statistics(maps)["entropy"])
+    maps = trainer.allocation_maps(frames, traj.prompts, traj.latent_shape[1:], iteration=0, credit=credit)
+    statistics = map_statistics(maps)
     gradients = [_gradient(trainer, traj, m) for m in (maps, maps.flip(-1).flip(-2))]
     change = float((gradients[0] - gradients[1]).norm() / gradients[0].norm().clamp_min(1e-30))
-    source, level = trainer.config.map.source, trainer.config.loss.level
+    label, level = trainer.config.map.label, trainer.config.loss.level
     detail = (
-        f"{source}: entropy {entropy:.2f} of 1; upside down it changes the gradient by {change:.0%} (level {level})"
+        f"{label}: entropy {statistics['entropy']:.2f} of 1, {statistics['constant']} of {len(maps)} constant; "
+        f"upside down it changes the gradient by {change:.0%} (level {level})"
     )
-    if source == "ones":
-        return Finding("map", True, "none (map.source = ones): every position is pushed alike")
+    if label == "ones":
+        return Finding("map", True, "none (map.control = ones): every position is pushed alike")
     if level == "sample":
         return Finding(
             "map", False, f"{detail}: at level sample a map acts through its mean only; set loss.level=position"

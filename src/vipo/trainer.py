@@ -6,7 +6,7 @@ import logging
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -21,10 +21,11 @@ from .advantages import constant_groups, group_advantages, pixel_advantages
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import Config
 from .losses import LossStats, policy_loss
+from .maps import MapSource
 from .policy import LORA_TARGETS, DiffusersPolicy
 from .prompts import prompt_batch, read_prompts
-from .psm import PerceptualStructuring, control_maps, map_statistics
-from .rewards import Reward, load_reward, score
+from .psm import PerceptualStructuring, map_statistics
+from .rewards import Reward, Scores, load_reward, score
 from .runlog import RunLog, check_output, write_summary
 from .types import PromptBatch, Trajectory, require_finite
 
@@ -60,7 +61,8 @@ class Trainer:
         torch.manual_seed(config.run.seed)  # the adapter's initial weights
         self.policy = policy or make_policy(config)
         self.reward = reward or load_reward(config.reward.name, self.policy.device)
-        self.psm = psm or (make_psm(config, self.policy.device) if config.map.source != "ones" else None)
+        self.map_source = MapSource(config.map, self.policy.device, psm=psm)
+        self.map_source.check(self.prompts)
         if config.model.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
         self.parameters = list(self.policy.trainable_parameters().values())
@@ -126,9 +128,10 @@ class Trainer:
             trajectories = self._rollout(batch)
             frames = torch.cat([self.policy.decode(traj) for traj in trajectories])
         with clock("reward"):
-            rewards, kept = self._score(frames, batch)
+            (rewards, credit), kept = self._score(frames, batch)
         with clock("map"):
-            maps = self.allocation_maps(frames, trajectories[0].latent_shape[1:], iteration)
+            grid = trajectories[0].latent_shape[1:]
+            maps = self.allocation_maps(frames, batch.prompts, grid, iteration=iteration, credit=credit)
         advantages = torch.zeros_like(rewards)
         advantages[kept] = group_advantages(
             rewards[kept], batch.group_size, std=config.reward.std, clip=config.reward.advantage_clip
@@ -163,9 +166,9 @@ class Trainer:
             for i in range(0, len(batch.prompts), size)
         ]
 
-    def _score(self, frames: Tensor, batch: PromptBatch) -> tuple[Tensor, Tensor]:
-        """Return rewards (N,) and which samples are kept (N,): all, unless a group had a bad reward and is dropped."""
-        rewards = score(self.reward, frames, batch.prompts)
+    def _score(self, frames: Tensor, batch: PromptBatch) -> tuple[Scores, Tensor]:
+        """Return scores and which samples are kept (N,): all, unless a group had a bad reward and is dropped."""
+        rewards, credit = score(self.reward, frames, batch.prompts)
         bad = ~torch.isfinite(rewards)
         if bool(bad.any()):
             first = int(bad.nonzero()[0])
@@ -181,18 +184,26 @@ class Trainer:
             raise FloatingPointError(
                 f"reward {self.config.reward.name!r}: every group of the iteration had a bad reward"
             )
-        return torch.where(bad, torch.zeros_like(rewards), rewards), kept
+        return Scores(torch.where(bad, torch.zeros_like(rewards), rewards), credit), kept
 
-    def allocation_maps(self, frames: Tensor, grid: tuple[int, ...], iteration: int) -> Tensor:
+    def allocation_maps(
+        self,
+        frames: Tensor,
+        prompts: Sequence[str],
+        grid: tuple[int, int, int],
+        *,
+        iteration: int,
+        credit: Tensor | None = None,
+    ) -> Tensor:
         """Make the configured maps (N, T, H, W) of frames (N, F, 3, Y, X) on a latent grid (T, H, W)."""
-        latent_shape = (grid[0], grid[1], grid[2])
-        if self.psm is None:
-            return torch.ones(len(frames), *latent_shape, device=frames.device)
-        maps = self.psm(frames, latent_shape=latent_shape, temporal_compression=temporal_compression(frames, grid[0]))
-        kind = self.config.map.source
-        if kind in ("psm", "ones"):
-            return maps
-        return control_maps(maps, kind, torch.Generator().manual_seed(self.config.run.seed * 1_000_003 + iteration))
+        return self.map_source(
+            frames,
+            prompts,
+            grid,
+            temporal_compression(frames, grid[0]),
+            credit=credit,
+            generator=torch.Generator().manual_seed(self.config.run.seed * 1_000_003 + iteration),
+        )
 
     def _update(self, trajectories: list[Trajectory], advantages: Tensor, iteration: int) -> dict[str, Tensor]:
         """Take the configured optimizer steps on one rollout; return their mean statistics."""
@@ -295,23 +306,6 @@ def make_policy(config: Config) -> DiffusersPolicy:
         dtype=getattr(torch, model.dtype),
         autocast=getattr(torch, model.autocast) if model.autocast else None,
         device=model.device,
-    )
-
-
-def make_psm(config: Config, device: torch.device) -> PerceptualStructuring:
-    """Build the Perceptual Structuring Module of a config."""
-    options = config.map
-    return PerceptualStructuring.from_pretrained(
-        options.backbone,
-        components=options.components,
-        orientation=options.orientation,
-        weighting=options.weighting,
-        smoothing=options.smoothing,
-        normalisation=options.normalisation,
-        floor=options.floor,
-        pca_scope=options.pca_scope,
-        image_size=options.image_size,
-        device=device,
     )
 
 

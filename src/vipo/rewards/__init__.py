@@ -1,17 +1,17 @@
-"""Rewards: a reward is any callable (frames, prompts) -> (N,); higher is better.
+"""Rewards: a reward is any callable (frames, prompts) -> (N,), higher is better; it may add a credit map.
 
 Named ones are in REWARDS; `package.module:function` names anybody's own.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..config import import_function
 from ..types import check_shape
 from .preference import ClipPreference
 from .rules import redness
@@ -20,9 +20,19 @@ from .rules import redness
 class Reward(Protocol):
     """A scorer of samples against their prompts."""
 
-    def __call__(self, frames: Tensor, prompts: Sequence[str], /) -> Tensor:
-        """Score frames (N, F, 3, Y, X) in [0, 1] for N prompts: (N,), higher is better."""
+    def __call__(self, frames: Tensor, prompts: Sequence[str], /) -> Tensor | tuple[Tensor, Tensor]:
+        """Score frames (N, F, 3, Y, X) in [0, 1] for N prompts: (N,), higher is better.
+
+        A reward that knows where it looked returns (scores (N,), credit (N, F, h, w) >= 0), for map.source=reward.
+        """
         ...
+
+
+class Scores(NamedTuple):
+    """What a reward gave: `rewards` (N,) float32, maybe not finite, and `credit` (N, F, h, w) float32 or None."""
+
+    rewards: Tensor
+    credit: Tensor | None
 
 
 REWARDS: dict[str, Callable[[torch.device], Reward]] = {
@@ -40,34 +50,28 @@ def load_reward(name: str, device: torch.device | str = "cpu") -> Reward:
     """
     if name in REWARDS:
         return REWARDS[name](torch.device(device))
-    module, separator, function = name.partition(":")
-    if not separator:
+    if ":" not in name:
         raise ValueError(
             f"reward.name: unknown reward {name!r}; expected {', '.join(REWARDS)} or package.module:function"
         )
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except ImportError as error:
-        raise ValueError(
-            f"reward.name: cannot import {module!r} for {name!r}: {error}; is it on PYTHONPATH?"
-        ) from error
-    except AttributeError:
-        raise ValueError(f"reward.name: module {module!r} has no {function!r}") from None
-    if not callable(found):
-        raise ValueError(f"reward.name: {name!r} is not callable; expected a function (frames, prompts) -> (N,)")
-    reward: Reward = found
+    reward: Reward = import_function("reward.name", name, "(frames, prompts) -> (N,)")
     return reward
 
 
 @torch.no_grad()
-def score(reward: Reward, frames: Tensor, prompts: Sequence[str]) -> Tensor:
-    """Apply a reward and check what comes back: (N,) float32 on the frames' device, maybe not finite.
+def score(reward: Reward, frames: Tensor, prompts: Sequence[str]) -> Scores:
+    """Apply a reward and check what comes back, on the frames' device; the rewards may not be finite.
 
     Raises:
-        ValueError: the reward returned anything but N numbers.
+        ValueError: the reward returned anything but N numbers, or these and a credit map (N, F, h, w).
     """
-    check_shape("frames", frames, "N F 3 Y X", {"N": len(prompts)})
-    rewards = torch.as_tensor(reward(frames, prompts))
+    sizes = check_shape("frames", frames, "N F 3 Y X", {"N": len(prompts)})
+    found = reward(frames, prompts)
+    values, credit = found if isinstance(found, tuple) else (found, None)
+    rewards = torch.as_tensor(values)
     if tuple(rewards.shape) != (len(prompts),):
         raise ValueError(f"reward: expected one number per sample, shape ({len(prompts)},), got {tuple(rewards.shape)}")
-    return rewards.to(frames.device, torch.float32)
+    if credit is not None:
+        check_shape("reward's credit map", credit, "N F h w", {"N": sizes["N"], "F": sizes["F"]})
+        credit = credit.to(frames.device, torch.float32)
+    return Scores(rewards.to(frames.device, torch.float32), credit)

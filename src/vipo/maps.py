@@ -1,0 +1,249 @@
+"""Where the allocation maps of a run come from: the PSM, masks or boxes, the reward's own credit, or a user function.
+
+Every source gives non-negative maps per frame on any grid; `LatentAllocation.place` carries all of them to the latent
+grid in the same way, and a control may then replace them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+from .config import MapConfig, import_function
+from .media import read_frames
+from .psm import LatentAllocation, PerceptualStructuring, control_maps
+from .types import check_shape
+
+# Controls that do not depend on the map they stand for: no source is loaded or run for them.
+CONTENT_FREE = ("ones", "centre")
+
+
+class FrameMaps(Protocol):
+    """A user's map: frames (N, F, 3, Y, X) in [0, 1] and N prompts -> (N, F, h, w), >= 0, on any grid."""
+
+    def __call__(self, frames: Tensor, prompts: Sequence[str], /) -> Tensor:
+        """Return how much each place of each frame matters."""
+        ...
+
+
+class MapSource:
+    """The maps that `config.map` names: (frames, prompts) -> allocation maps on the latent grid.
+
+    Args:
+        config: the map section.
+        device: where the backbone goes.
+        psm: instead of the one that the config describes.
+
+    Raises:
+        ValueError: a backbone, a mask file or a function that is not there.
+    """
+
+    def __init__(
+        self, config: MapConfig, device: torch.device | str = "cpu", *, psm: PerceptualStructuring | None = None
+    ) -> None:
+        self.control, self.source = config.control, config.source
+        self.psm: PerceptualStructuring | None = None
+        self.frame_maps: FrameMaps | None = None
+        self.allocation = LatentAllocation(
+            motion=config.motion,
+            combine=config.combine,
+            motion_weight=config.motion_weight,
+            normalisation=config.normalisation,
+            temperature=config.temperature,
+            floor=config.floor,
+        )
+        if self.content_free:
+            return
+        if self.source == "psm":
+            self.psm = self.allocation = psm or make_psm(config, device)
+        elif self.source == "masks":
+            self.frame_maps = MaskFile(Path(config.path or ""))
+        elif self.source != "reward":
+            self.frame_maps = import_function("map.source", self.source, "(frames, prompts) -> (N, F, h, w)")
+
+    @property
+    def content_free(self) -> bool:
+        """Whether the maps are the same for every sample, so that nothing has to be looked at."""
+        return self.control in CONTENT_FREE
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise ValueError now for a prompt that the source will not know."""
+        if isinstance(self.frame_maps, MaskFile):
+            self.frame_maps.check(prompts)
+
+    def __call__(
+        self,
+        frames: Tensor,
+        prompts: Sequence[str],
+        latent_shape: tuple[int, int, int],
+        temporal_compression: int = 1,
+        *,
+        credit: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Make the maps of N samples.
+
+        Args:
+            frames: (N, F, 3, Y, X), in [0, 1].
+            prompts: N prompts.
+            latent_shape: (T, H, W).
+            temporal_compression: c, pixel frames per latent frame; F = 1 + (T - 1) c.
+            credit: (N, F, h, w), >= 0, what the reward returned beside its scores; for source "reward".
+            generator: for the controls that draw random numbers.
+
+        Returns:
+            (N, T, H, W), float32, >= 0, on the frames' device.
+
+        Raises:
+            ValueError: no credit where the source is the reward, or maps that are not (N, F, h, w), finite and >= 0.
+        """
+        if self.content_free:
+            blank = torch.ones(len(frames), *latent_shape, device=frames.device)
+            return control_maps(blank, self.control or "ones")
+        if self.psm is not None:
+            maps = self.psm(frames, latent_shape, temporal_compression)
+        else:
+            values = self._values(frames, prompts, credit).to(frames.device, torch.float32)
+            maps = self.allocation.place(values, latent_shape, temporal_compression, frames=frames)
+        return maps if self.control is None else control_maps(maps, self.control, generator)
+
+    def _values(self, frames: Tensor, prompts: Sequence[str], credit: Tensor | None) -> Tensor:
+        """The maps per frame of a source other than the PSM, checked."""
+        if self.frame_maps is not None:
+            credit = self.frame_maps(frames, prompts)
+        elif credit is None:
+            raise ValueError(
+                "map.source=reward: the reward returned scores only; return (scores (N,), credit (N, F, h, w)) or set "
+                "another map.source"
+            )
+        check_shape(f"map of {self.source}", credit, "N F h w", {"N": len(frames), "F": frames.shape[1]})
+        low, high = (float(bound) for bound in credit.aminmax())
+        if not (low >= 0 and high < torch.inf):
+            raise ValueError(f"map of {self.source}: expected finite values >= 0, got min {low:.4g} and max {high:.4g}")
+        return credit
+
+
+def make_psm(config: MapConfig, device: torch.device | str = "cpu") -> PerceptualStructuring:
+    """Build the Perceptual Structuring Module of a config."""
+    return PerceptualStructuring.from_pretrained(
+        config.backbone,
+        layer=config.layer,
+        image_size=config.image_size,
+        chunk=config.chunk,
+        dtype=getattr(torch, config.autocast) if config.autocast else None,
+        device=device,
+        components=config.components,
+        orientation=config.orientation,
+        weighting=config.weighting,
+        smoothing=config.smoothing,
+        pca_scope=config.pca_scope,
+        solver=config.solver,
+        motion=config.motion,
+        combine=config.combine,
+        motion_weight=config.motion_weight,
+        normalisation=config.normalisation,
+        temperature=config.temperature,
+        floor=config.floor,
+    )
+
+
+class MaskFile:
+    """Masks or boxes per prompt, from a JSON-lines file.
+
+    One line per prompt: `{"prompt": "...", "mask": "cat.png"}`, a picture (white = subject), a .npy array (h, w) or
+    (F, h, w), or a video of F frames, with its path relative to the file; or `{"prompt": "...", "boxes": [[left, top,
+    right, bottom], ...]}` in fractions of the frame.
+
+    Raises:
+        ValueError: no such file, or a line that is neither.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"map.path: cannot read {path}: {error}; expected a .jsonl file of masks or boxes"
+            ) from None
+        self.entries: dict[str, dict[str, Any]] = {}
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                entry = self._parse(line, number)
+                self.entries[entry["prompt"]] = entry
+
+    def _parse(self, line: str, number: int) -> dict[str, Any]:
+        try:
+            entry: Any = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"map.path: {self.path} line {number} is not JSON: {error}") from None
+        named = isinstance(entry, dict) and isinstance(entry.get("prompt"), str)
+        if not named or isinstance(entry.get("mask"), str) == isinstance(entry.get("boxes"), list):
+            raise ValueError(
+                f'map.path: {self.path} line {number}: expected {{"prompt": ..., "mask": FILE}} or '
+                f'{{"prompt": ..., "boxes": [[left, top, right, bottom], ...]}}, got {line[:80]}'
+            )
+        if "boxes" in entry:
+            boxes = np.asarray(entry["boxes"], dtype=object)
+            valid = boxes.ndim == 2 and boxes.shape[1] == 4 and all(isinstance(v, (int, float)) for v in boxes.flat)
+            if not valid or not all(0 <= a < c <= 1 and 0 <= b < d <= 1 for a, b, c, d in boxes.tolist()):
+                raise ValueError(
+                    f"map.path: {self.path} line {number}: expected boxes [left, top, right, bottom] in fractions of "
+                    f"the frame, 0 <= left < right <= 1 and 0 <= top < bottom <= 1, got {entry['boxes']}"
+                )
+        return dict(entry)
+
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise ValueError naming the first prompt without an entry, or a mask that cannot be read."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.entries]
+        if missing:
+            raise ValueError(f"map.path: {self.path} has no entry for {len(missing)} prompts, first {missing[0]!r}")
+        for prompt in dict.fromkeys(prompts):
+            self._mask(prompt, 1, (1, 1), any_frames=True)
+
+    def __call__(self, frames: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return (N, F, Y, X) in [0, 1] for frames (N, F, 3, Y, X)."""
+        count, size = frames.shape[1], (frames.shape[3], frames.shape[4])
+        masks = {prompt: self._mask(prompt, count, size) for prompt in dict.fromkeys(prompts)}
+        return torch.stack([masks[prompt] for prompt in prompts])
+
+    def _mask(self, prompt: str, count: int, size: tuple[int, int], *, any_frames: bool = False) -> Tensor:
+        """One prompt's mask, (F, Y, X)."""
+        entry = self.entries[prompt]
+        if "boxes" in entry:
+            rows, columns = ((torch.arange(length) + 0.5) / length for length in size)
+            boxes = torch.tensor(entry["boxes"], dtype=torch.float32)[..., None, None]
+            left, top, right, bottom = boxes.unbind(1)
+            inside = (columns >= left) & (columns < right) & (rows[:, None] >= top) & (rows[:, None] < bottom)
+            return inside.any(0).float().expand(count, *size)
+        mask = read_mask(self.path.parent / entry["mask"])
+        if len(mask) not in (1, count) and not any_frames:
+            raise ValueError(
+                f"map.path: {self.path}: the mask of {prompt!r} has {len(mask)} frames, expected 1 or {count}"
+            )
+        resized = functional.interpolate(mask[:, None], size, mode="bilinear", align_corners=False, antialias=True)
+        return resized[:, 0].expand(max(count, len(mask)), *size)
+
+
+def read_mask(path: Path) -> Tensor:
+    """Read a mask, (F, h, w) in [0, 1]: a picture or a video (white = subject), or a .npy array (h, w) or (F, h, w).
+
+    Raises:
+        ValueError: not readable, another number of dimensions, or values outside [0, 1].
+    """
+    if path.suffix != ".npy":
+        return read_frames(path).mean(1)
+    try:
+        mask = torch.from_numpy(np.load(path).astype(np.float32))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a readable .npy array of numbers: {error}") from None
+    if mask.ndim not in (2, 3) or mask.numel() == 0 or not (mask.min() >= 0 and mask.max() <= 1):
+        raise ValueError(f"{path}: expected (h, w) or (F, h, w) in [0, 1], got shape {tuple(mask.shape)}")
+    return mask if mask.ndim == 3 else mask[None]
