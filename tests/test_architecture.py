@@ -8,13 +8,13 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "vipo"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
-    {"types", "nano"},
-    {"kernels", "advantages", "losses", "psm", "config", "prompts", "loading"},
-    {"scheduler", "rewards"},
+    {"types", "files", "nano"},
+    {"kernels", "advantages", "losses", "psm", "config", "prompts", "loading", "media"},
+    {"scheduler", "rewards", "maps", "pictures"},
     {"policy"},
     {"checkpoint", "runlog", "evaluation", "report"},
     {"trainer"},
-    {"preflight", "demo"},
+    {"preflight", "demo", "inspection"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -65,7 +65,20 @@ def test_sizes_and_exceptions(path):
             assert node.type is not None and getattr(node.type, "id", "") not in ("Exception", "BaseException")
 
 
-@pytest.mark.parametrize("name", ["kernels", "advantages", "losses", "psm/allocation", "psm/latent_grid"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kernels",
+        "advantages",
+        "losses",
+        "psm/pca",
+        "psm/allocation",
+        "psm/controls",
+        "psm/motion",
+        "psm/agreement",
+        "psm/latent_grid",
+    ],
+)
 def test_the_pure_core_has_no_config_no_files_no_item(name):
     text = (SOURCE / f"{name}.py").read_text()
     for banned in (".item()", "open(", "Config", "accelerate", ".cuda(", "pickle"):

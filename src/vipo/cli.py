@@ -1,4 +1,4 @@
-"""Command line: vipo demo | train | check | report."""
+"""Command line: vipo demo | train | check | maps | report."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ Post-train image generators with pixel-level advantages (ViPO, arXiv 2511.18719)
 
   vipo demo                        post-train the embedded pipeline by GRPO and by ViPO, and compare (minutes, no GPU)
   vipo check CONFIG.yaml           try every part of a run in seconds, before the run
+  vipo maps INPUT... -o OUT        see and measure the allocation maps of your own pictures and clips
   vipo train CONFIG.yaml           train any diffusers text-to-image pipeline
   vipo report RUN                  write a run directory's report.html again
 """
@@ -67,6 +68,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     begin.add_argument("--overwrite", action="store_true", help="remove the run in the run directory and start again")
     _with_config(commands, "check", "preflight of a training run", _check, keys)
 
+    _add_maps(commands)
+
     report = commands.add_parser("report", help="write report.html of a run directory", description=_report.__doc__)
     report.add_argument("run", type=Path, help="directory written by vipo train or vipo demo")
     report.set_defaults(command=_report)
@@ -76,6 +79,33 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides = rest
     return options
+
+
+def _add_maps(commands: Any) -> None:
+    maps = commands.add_parser(
+        "maps",
+        help="see and measure the allocation maps of pictures and clips",
+        usage="vipo maps INPUT... -o OUT [--map.KEY=VALUE ...] [options]",
+        description=_maps.__doc__,
+        allow_abbrev=False,
+    )
+    maps.add_argument("inputs", metavar="INPUT", type=Path, nargs="+", help="picture, clip, or folder of them")
+    maps.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
+    maps.add_argument("--overwrite", action="store_true", help="replace earlier maps in the same folder")
+    maps.add_argument("--config", default="nano_vipo", help="YAML or recipe whose map section is used (%(default)s)")
+    maps.add_argument("--backbone", action="append", default=[], help="instead of the config's; again to compare more")
+    maps.add_argument("--orientation", action="append", default=[], help="of the sheet; again for more (default: all)")
+    maps.add_argument(
+        "--ground-truth", type=Path, metavar="MASKS", help="mask file, or folder of masks named as inputs"
+    )
+    maps.add_argument("--spatial-compression", type=int, default=8, help="pixels per latent position (%(default)s)")
+    maps.add_argument("--temporal-compression", type=int, default=1, help="frames per latent frame (%(default)s)")
+    maps.add_argument("--no-first-frame-alone", action="store_true", help="frame 0 shares its latent frame")
+    maps.add_argument("--max-frames", type=int, help="read no more of a clip")
+    maps.add_argument("--fps", type=float, help="of the written clips (default: the input's)")
+    maps.add_argument("--device", help="torch device (default: cuda where there is one)")
+    maps.add_argument("--seed", type=int, default=0, help="of the random controls (%(default)s)")
+    maps.set_defaults(command=_maps)
 
 
 def _with_config(commands: Any, name: str, summary: str, command: Any, keys: str | None) -> argparse.ArgumentParser:
@@ -130,20 +160,13 @@ def _demo(options: argparse.Namespace) -> int:
 
     console = Console()
     with _progress(console) as bars:
-        tasks: dict[str, Any] = {}
-
-        def progress(stage: str, done: int, total: int, remark: str) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, remark="")
-            bars.update(tasks[stage], completed=done, remark=remark)
-
         summary = run_demo(
             options.output,
             seed=options.seed,
             iterations=options.iterations,
             prompts=options.prompts,
             overwrite=options.overwrite,
-            progress=progress,
+            progress=_reporter(bars),
         )
     console.print(_table(summary, METHODS))
     console.print(f"{summary['times']['total']:.0f} s; open {options.output / 'report.html'}", highlight=False)
@@ -171,6 +194,18 @@ def _progress(console: Any) -> Any:
     )
 
 
+def _reporter(bars: Any) -> Any:
+    """(stage, done, total, remark) -> the bar of that stage."""
+    tasks: dict[str, Any] = {}
+
+    def progress(stage: str, done: int, total: int, remark: str) -> None:
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(stage, total=total, remark="")
+        bars.update(tasks[stage], completed=done, remark=remark)
+
+    return progress
+
+
 def _table(summary: dict[str, Any], methods: dict[str, str]) -> Any:
     """Held-out means with 95 % intervals, and ViPO's paired difference to GRPO."""
     from rich.table import Table
@@ -188,6 +223,51 @@ def _table(summary: dict[str, Any], methods: dict[str, str]) -> Any:
         difference = summary["differences"]["vipo-grpo"][metric["name"]]
         table.add_row(f"{metric['label']} ({arrow})", *map(cell, rows), cell(difference))
     return table
+
+
+def _maps(options: argparse.Namespace) -> int:
+    """Make the allocation maps of your own pictures and clips, as training would: per input map.npy, overlay,
+    components, and a sheet that compares orientations and backbones; maps.json with the numbers of all. With masks,
+    the map is measured against them, and against a blob at the centre and other controls. Exit code 1 if any input
+    failed."""
+    foreign = [override for override in options.overrides if not override.startswith("--map.")]
+    if foreign:
+        raise ValueError(f"{foreign[0]}: vipo maps takes --map.KEY=VALUE and the options of vipo maps --help")
+    config = _load(options).map
+    from rich.console import Console
+
+    from .inspection import InspectOptions, inspect_maps
+    from .inspection.record import tables
+    from .psm import ORIENTATIONS
+
+    first, *others = options.backbone or [config.backbone]
+    console = Console()
+    with _progress(console) as bars:
+        outcome = inspect_maps(
+            options.inputs,
+            options.output,
+            config.model_copy(update={"backbone": first}),
+            InspectOptions(
+                backbones=others,
+                orientations=options.orientation or ORIENTATIONS,
+                spatial_compression=options.spatial_compression,
+                temporal_compression=options.temporal_compression,
+                first_frame_alone=not options.no_first_frame_alone,
+                ground_truth=options.ground_truth,
+                max_frames=options.max_frames,
+                fps=options.fps,
+                device=options.device,
+                seed=options.seed,
+            ),
+            overwrite=options.overwrite,
+            progress=_reporter(bars),
+        )
+    for table in tables(outcome.results, outcome.overall):
+        console.print(table)
+    for path, reason in outcome.failures:
+        print(f"vipo: error: {path}: {reason}", file=sys.stderr)
+    console.print(f"{len(outcome.results)} inputs, {len(outcome.failures)} failures; {options.output}", highlight=False)
+    return 1 if outcome.failures else 0
 
 
 def _train(options: argparse.Namespace) -> int:
