@@ -6,9 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from vipo.cli import main
+from vipo.media import to_image, write_video
+from vipo.nano.world import render, sample_scenes
 
 SMALL = [
     "--prompts.per_iteration=1",
@@ -36,13 +40,13 @@ def fails(capsys, *arguments):
 
 
 def test_help_is_complete_and_fast():
-    for command in ("demo", "train", "check", "report"):
+    for command in ("demo", "train", "check", "maps", "report"):
         helped = run(command, "--help")
         assert helped.returncode == 0 and "usage: vipo" in helped.stdout, helped.stderr
     keys = run("train", "--help").stdout
     assert "--loss.clip_range=0.1" in keys and "--prompts.group_size=8" in keys
     top = run("--help").stdout
-    assert all(f"vipo {command}" in top for command in ("demo", "train", "check", "report"))
+    assert all(f"vipo {command}" in top for command in ("demo", "train", "check", "maps", "report"))
     imported = "import sys, vipo.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", imported], check=False).returncode == 0
 
@@ -91,6 +95,50 @@ def test_demo_runs_and_repeats_bit_for_bit(tmp_path):
     for name in ("base", "grpo", "vipo"):
         assert f'value="{first["evaluation"][name]["reward"]["mean"]}"' in page
     assert 'src="http' not in page and 'href="http' not in page
+
+
+def test_maps_of_pictures_and_a_clip(tmp_path):
+    drawing = render(sample_scenes(3, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1))
+    for i in range(2):
+        to_image(drawing.images[i]).save(tmp_path / f"{i}.png")
+    write_video(tmp_path / "clip.mp4", drawing.images, 8)
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for i in range(2):
+        to_image(drawing.masks[i].expand(3, -1, -1)).save(masks / f"{i}.png")
+    names = [tmp_path / name for name in ("0.png", "1.png", "clip.mp4", "broken.png")]
+    made = run("maps", *names[:3], "-o", tmp_path / "out", "--spatial-compression", 4, "--map.floor=0.25")
+    assert made.returncode == 0 and "allocation maps of 3 inputs" in made.stdout, made.stderr
+    assert np.load(tmp_path / "out" / "0" / "map.npy").min() >= 0.25
+    assert np.load(tmp_path / "out" / "clip" / "map.npy").shape == (3, 16, 16)
+    for place in ("0/overlay.png", "0/components.png", "0/sheet.png", "clip/overlay.mp4", "clip/components.mp4"):
+        assert (tmp_path / "out" / place).stat().st_size > 500
+    measured = run("maps", *names, "-o", tmp_path / "measured", "--spatial-compression", 4, "--ground-truth", masks)
+    assert measured.returncode == 1 and "2 failures" in measured.stdout
+    errors = measured.stderr.splitlines()
+    assert len(errors) == 2 and "clip.mp4: no mask" in errors[0] and "broken.png: not readable" in errors[1]
+    found = json.loads((tmp_path / "measured" / "maps.json").read_text())
+    assert found["overall"]["measured"] == 2 and found["overall"]["map"]["AUC"]["mean"] > 0.9
+    assert "agreement with 2 masks" in measured.stdout and "control: centre" in measured.stdout
+
+
+def test_bad_input_of_maps(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert "no such file or folder: nothing" in fails(capsys, "maps", "nothing", "-o", "out")
+    assert "did you mean map.orientation?" in fails(capsys, "maps", ".", "-o", "out", "--map.orientatoin=border")
+    assert "vipo maps takes --map.KEY=VALUE" in fails(capsys, "maps", ".", "-o", "out", "--loss.level=sample")
+    assert "the following arguments are required: -o" in fails(capsys, "maps", ".")
+    assert "no picture or video there" in fails(capsys, "maps", ".", "-o", "out")
+    Path("a.png").write_bytes(b"x")
+    assert "did you mean 'border'" in fails(capsys, "maps", "a.png", "-o", "out", "--orientation", "bordr")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "config.json").write_text('{"model_type": "bert"}')
+    assert "model type of backbone 'text'" in fails(capsys, "maps", "a.png", "-o", "out", "--backbone", "text")
+    Path("full").mkdir()
+    Path("full/thesis.txt").write_text("precious")
+    assert "is not empty and holds no maps.json" in fails(capsys, "maps", "a.png", "-o", "full", "--overwrite")
+    assert not Path("out").exists() and Path("full/thesis.txt").read_text() == "precious"
 
 
 BAD_CONFIGS = [

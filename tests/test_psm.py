@@ -15,7 +15,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 import vipo.psm
 from vipo.psm import ORIENTATIONS, PerceptualStructuring
-from vipo.psm.allocation import flicker
+from vipo.psm.allocation import flicker, map_statistics
 from vipo.psm.pca import PrincipalComponents, principal_components
 
 
@@ -163,6 +163,19 @@ def test_an_image_without_structure_is_weighed_evenly(orientation: str, normalis
     maps = psm(frames, (1, 8, 8))
     assert torch.equal(maps[1], torch.ones(1, 8, 8))
     assert maps[0].std() > 0.05
+
+
+def test_a_blank_sample_has_a_map_of_ones_whatever_its_position_embeddings_say() -> None:
+    frames = scenes(3, frames=2, height=48, width=48)
+    frames[1] = torch.tensor([0.2, 0.9, 0.4]).view(3, 1, 1)
+    psm = PerceptualStructuring.from_pretrained("nano")
+    alone = psm(frames[[0, 2]], (2, 12, 12))
+    maps = psm(frames, (2, 12, 12))
+    assert torch.equal(maps[1], torch.ones(2, 12, 12))
+    assert map_statistics(maps)["constant"] == 1
+    torch.testing.assert_close(maps[[0, 2]], alone, rtol=0, atol=1e-4)
+    frames[1, 1, :, 20:28, 20:28] = 0.5  # something appears in the second frame
+    assert psm(frames, (2, 12, 12))[1].std() > 0.1
 
 
 def test_one_basis_per_clip_keeps_a_component_through_time() -> None:

@@ -263,6 +263,8 @@ class PerceptualStructuring(LatentAllocation):
     def features(self, frames: Tensor) -> Tensor:
         """Run the backbone and check what goes in and comes out: frames (N, F, 3, Y, X) -> (N, F, h, w, D).
 
+        A sample of one single colour has features 0, so that its map is ones: it has no place to prefer.
+
         Raises:
             ValueError: frames of the wrong shape, dtype or range; features of the wrong shape.
             BackboneError: the backbone failed, or its features are not finite.
@@ -285,15 +287,19 @@ class PerceptualStructuring(LatentAllocation):
         check_shape("the backbone's features", features, "N F h w D", {"N": sizes["N"], "F": sizes["F"]})
         if features.numel() == 0:
             raise ValueError(f"the backbone's features: expected at least one value, got shape {tuple(features.shape)}")
-        low, high = _bounds(frames)
+        darkest, brightest = frames.amin((1, 3, 4)), frames.amax((1, 3, 4))  # (N, 3)
+        blank = (brightest - darkest).amax(1) <= _PIXEL_TOLERANCE
+        low, high, blanks = torch.stack([darkest.amin(), brightest.amax(), blank.sum()]).tolist()  # one host sync
         if not (low >= -_PIXEL_TOLERANCE and high <= 1 + _PIXEL_TOLERANCE):  # also NaN, which aminmax propagates
             raise ValueError(f"frames: expected finite values in [0, 1], got min {low:.4g} and max {high:.4g}")
-        features_low, features_high = _bounds(features)
+        features_low, features_high = torch.stack(features.aminmax()).tolist()
         if not (features_low > -torch.inf and features_high < torch.inf):
             raise BackboneError(
                 f"the backbone's features are not finite (min {features_low}, max {features_high}) for frames in "
                 f"[{low:.4g}, {high:.4g}]: check its weights, or compute in float32 (dtype=None)"
             )
+        if blanks:  # position embeddings give structure to what has none; one feature everywhere gives a map of ones
+            features = torch.where(blank.to(features.device).view(-1, 1, 1, 1, 1), 0, features)
         return features
 
     @torch.no_grad()
@@ -306,9 +312,3 @@ class PerceptualStructuring(LatentAllocation):
         component_maps = orient(components, grid, self.orientation)
         maps = aggregate(component_maps, components.explained_variance_ratio, self.weighting)
         return smooth(maps.view(samples, frames, rows, columns), self.smoothing)
-
-
-def _bounds(values: Tensor) -> list[float]:
-    """Return [min, max] with one host sync; NaN where any value is NaN."""
-    bounds: list[float] = torch.stack(values.aminmax()).tolist()
-    return bounds

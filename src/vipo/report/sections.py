@@ -61,9 +61,11 @@ MORE = {
     "map_border_to_centre": ("Map, border to centre", "ratio"),
     "map_mean": ("Map, mean", "weight"),
     "map_max": ("Map, largest", "weight"),
+    "map_flicker": ("Map, flicker", "mean |change| between latent frames"),
+    "map_constant": ("Map, samples without structure", "samples"),
     "dropped_groups": ("Dropped groups", "groups"),
 }
-COUNTS = ("constant_groups", "dropped_groups")
+COUNTS = ("constant_groups", "dropped_groups", "map_constant")
 NOT_MEASUREMENTS = ("iteration", "reward_mean", "seconds")
 
 
