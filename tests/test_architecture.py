@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "vipo"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
-    {"types", "files", "nano"},
+    {"types", "files", "windows", "nano"},
     {"kernels", "advantages", "losses", "psm", "config", "prompts", "loading", "media"},
     {"scheduler", "rewards", "maps", "pictures"},
     {"policy"},

@@ -196,7 +196,7 @@ def test_ones_at_position_level_is_scalar_grpo_on_policy(tmp_path):
 
 def test_several_updates_split_the_steps_and_leave_the_policy(tmp_path):
     trainer = make(tmp_path, optimizer={"updates_per_rollout": 3, "learning_rate": 3e-2})
-    traj = trainer._rollout(prompt_batch(trainer.prompts, 0, per_iteration=1, group_size=3, seed=0))[0]
+    traj = trainer._rollout(prompt_batch(trainer.prompts, 0, per_iteration=1, group_size=3, seed=0), 0)[0]
     steps = trainer._choose_steps(traj, 0)
     assert sorted(sum(steps, [])) == [0, 1, 2] and len(steps) == 3
     metrics = trainer.step(0)
@@ -244,3 +244,28 @@ def test_boxes_from_a_file_and_a_missing_one_is_found_before_the_run(tmp_path):
     path.write_text(json.dumps(entries[0]))
     with pytest.raises(ValueError, match="no entry for 2 prompts, first 'two dogs'"):
         make(tmp_path, map={"source": "masks", "path": str(path)})
+
+
+def test_a_window_trains_its_steps_only(tmp_path):
+    trainer = make(
+        tmp_path, sampling={"num_inference_steps": 6, "window": 2, "window_mode": "sliding", "window_every": 1}
+    )
+    for iteration, expected in enumerate([[0, 1], [1, 2], [2, 3], [3, 4], [0, 1]]):
+        batch = prompt_batch(trainer.prompts, 0, per_iteration=1, group_size=3, seed=0)
+        traj = trainer._rollout(batch, iteration)[0]
+        assert traj.stochastic_steps == expected
+    assert trainer.step(1)["grad_norm"] > 0
+
+
+def test_prompts_with_their_own_sizes_and_keywords(tmp_path):
+    entries = [{"prompt": "a cat", "height": 48}, {"prompt": "a dog", "negative_prompt": "a cat"}, {"prompt": "a cow"}]
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join(json.dumps(entry) for entry in entries))
+    trainer = make(tmp_path, prompts={"path": str(path), "per_iteration": 3})
+    batch = prompt_batch(trainer.prompts, 0, per_iteration=3, group_size=3, seed=0)
+    trajectories = trainer._rollout(batch, 0)
+    assert [set(traj.prompts) for traj in trajectories] == [{text} for text in dict.fromkeys(batch.prompts)]
+    heights = {traj.prompts[0]: traj.latent_shape[2] for traj in trajectories}
+    assert heights["a cat"] * 2 == heights["a dog"] * 3
+    metrics = trainer.step(0)
+    assert metrics["grad_norm"] > 0 and metrics["map_mean"] == pytest.approx(1, abs=1e-4)

@@ -30,6 +30,12 @@ def _clip_bounds(value: float | tuple[float, float]) -> float | tuple[float, flo
     return value
 
 
+def _range(value: tuple[int, int] | None) -> tuple[int, int] | None:
+    if value is not None and not 0 <= value[0] < value[1]:
+        raise ValueError("expected 0 <= first < end")
+    return value
+
+
 def _map_source(value: str) -> str:
     if value not in ("psm", "masks", "reward") and ":" not in value:
         hint = "; ones is a control now: map.control=ones" if value == "ones" else ""
@@ -81,10 +87,36 @@ class SamplingConfig(Section):
     """Pixels; null for the pipeline's default."""
     call: dict[str, Any] = {}
     """Further keywords of the pipeline's call."""
+    window: Positive | None = None
+    """Stochastic steps per iteration, the others are plain ODE steps; null for all. MixGRPO: 4; Flow-GRPO-Fast: 3."""
+    window_mode: Literal["fixed", "sliding", "random", "scattered"] = "fixed"
+    """Where the window is: at the start of window_range, sliding through it, at random in it; or scattered steps."""
+    window_range: Annotated[tuple[int, int] | None, AfterValidator(_range)] = None
+    """First step and end (exclusive) that the window may reach; null for all but the last. Flow-GRPO-Fast: [0, 6]."""
+    window_every: Positive = 25
+    """Iterations between two moves of a sliding window. MixGRPO: 25."""
+    window_stride: Positive = 1
+    """Steps per move of a sliding window. MixGRPO: 1."""
     same_initial_noise: bool = True
     """Start all samples of a group from the same noise, as the ViPO paper does."""
     micro_batch: Positive | None = None
     """Samples per rollout and replay call; null for all samples of an iteration at once. Lower it to save memory."""
+
+    @property
+    def reach(self) -> tuple[int, int]:
+        """First stochastic step and the end (exclusive); the last denoising step is always deterministic."""
+        first, end = self.window_range or (0, self.num_inference_steps - 1)
+        return first, min(end, self.num_inference_steps - 1)
+
+    @model_validator(mode="after")
+    def _check(self) -> SamplingConfig:
+        first, end = self.reach
+        if first >= end or (self.window or 1) > end - first:
+            raise ValueError(
+                f"sampling.window: {self.window or 'all'} stochastic steps do not fit into steps {first} to {end - 1} "
+                f"(of {self.num_inference_steps}, the last is deterministic); change window or window_range"
+            )
+        return self
 
     @property
     def pipeline_call(self) -> dict[str, Any]:
@@ -256,7 +288,8 @@ class Config(Section):
     @property
     def trained_steps(self) -> int:
         """Denoising steps trained per rollout; the last step is deterministic."""
-        return max(1, round(self.optimizer.step_fraction * (self.sampling.num_inference_steps - 1)))
+        first, end = self.sampling.reach
+        return max(1, round(self.optimizer.step_fraction * (self.sampling.window or end - first)))
 
     @property
     def num_samples(self) -> int:

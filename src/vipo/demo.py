@@ -97,7 +97,9 @@ def run_demo(
     started = time.perf_counter()
     times: dict[str, float] = {}
     configs = {method: demo_config(method, output / method, seed, iterations) for method in METHODS}
-    held_out = HeldOut(read_prompts(str(ASSETS / "prompts_held_out.txt"))[-prompts:], progress)
+    held_out = HeldOut(
+        [prompt.text for prompt in read_prompts(str(ASSETS / "prompts_held_out.txt"))][-prompts:], progress
+    )
     for method, config in configs.items():
         trainer = Trainer(config)
         if not held_out.values:

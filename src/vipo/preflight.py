@@ -61,13 +61,13 @@ def preflight(config: Config) -> list[Finding]:
             f"on {policy.device}",
         )
     )
-    pair = [prompts[0]] * 2
+    pair = [prompts[0].text] * 2
     started = time.perf_counter()
     traj = policy.rollout(
         pair,
         seeds=[1, 2],
         num_inference_steps=config.sampling.num_inference_steps,
-        **config.sampling.pipeline_call,
+        **{**config.sampling.pipeline_call, **prompts[0].call},
     )
     rollout = time.perf_counter() - started
     c, t, h, w = traj.latent_shape

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from .media import read_frames, to_image
 from .nano import ASSETS
-from .types import PromptBatch
+from .types import Prompt, PromptBatch
 
 _SEED_RANGE = 2**31 - 1
 
 
-def read_prompts(path: str) -> list[str]:
-    """Read one prompt per line ("nano" for the embedded training prompts); blank lines are skipped.
+def read_prompts(path: str) -> list[Prompt]:
+    """Read a prompt file ("nano" for the embedded training prompts); blank lines are skipped.
+
+    A text file has one prompt per line. A .jsonl file has one JSON object per line: `prompt`, and any keywords of the
+    pipeline's call for this prompt (`negative_prompt`, `height`, `num_frames`, ...). What a key ending in image or
+    video names is a file, its path relative to the prompt file, and is handed to the pipeline as pictures; `images`, a
+    list of files, becomes the keyword `image`.
 
     Raises:
-        ValueError: the file is missing, empty or not UTF-8.
+        ValueError: the file is missing, empty, not UTF-8, not JSON lines, or names pictures that cannot be read.
     """
     file = ASSETS / "prompts_train.txt" if path == "nano" else Path(path)
     try:
@@ -29,14 +38,48 @@ def read_prompts(path: str) -> list[str]:
         raise ValueError(
             f"prompts.path: {file} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
         ) from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
         raise ValueError(f"prompts.path: {file} is empty; expected one prompt per line")
-    return prompts
+    if file.suffix == ".jsonl":
+        return [_entry(file, number, line) for number, line in numbered]
+    return [Prompt(line) for _, line in numbered]
+
+
+def _entry(file: Path, number: int, line: str) -> Prompt:
+    """Read one line of a .jsonl prompt file."""
+    place = f"prompts.path: {file} line {number}"
+    try:
+        entry: Any = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place} is not JSON: {error}") from None
+    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
+        raise ValueError(f'{place}: expected {{"prompt": "...", further keywords}}, got {line[:80]}')
+    call = {key: value for key, value in entry.items() if key != "prompt"}
+    if "image" in call and "images" in call:
+        raise ValueError(f"{place}: image and images are the same keyword of the pipeline; give one of them")
+    loaded = {}
+    for key, value in call.items():
+        if not key.endswith(("image", "images", "video")):
+            loaded[key] = value
+            continue
+        names = value if isinstance(value, list) else [value]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{place}: {key}: expected a file name or a list of them, got {value!r}")
+        try:
+            pictures = [[to_image(frame) for frame in read_frames(file.parent / name)] for name in names]
+        except ValueError as error:
+            raise ValueError(f"{place}: {key}: {error}") from None
+        if key.endswith("video"):
+            loaded[key] = pictures[0]
+        else:
+            stills = [frames[0] for frames in pictures]
+            loaded["image" if key == "images" else key] = stills if isinstance(value, list) else stills[0]
+    return Prompt(entry["prompt"].strip(), loaded, json.dumps(call, sort_keys=True))
 
 
 def prompt_batch(
-    prompts: list[str],
+    prompts: Sequence[Prompt],
     iteration: int,
     *,
     per_iteration: int,
@@ -67,6 +110,6 @@ def prompt_batch(
     seeds = torch.randint(0, _SEED_RANGE, (per_iteration, group_size), generator=generator)
     initial = seeds[:, :1].expand_as(seeds) if same_initial_noise else seeds
     indices = [index for index in chosen for _ in range(group_size)]
-    return PromptBatch(
-        [prompts[index] for index in indices], indices, seeds.flatten().tolist(), initial.flatten().tolist(), group_size
-    )
+    entries = [prompts[index] for index in indices]
+    texts = [entry.text for entry in entries]
+    return PromptBatch(texts, indices, seeds.flatten().tolist(), initial.flatten().tolist(), group_size, entries)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import diffusers
 import torch
@@ -25,9 +27,10 @@ from .maps import MapSource
 from .policy import LORA_TARGETS, DiffusersPolicy
 from .prompts import prompt_batch, read_prompts
 from .psm import PerceptualStructuring, map_statistics
-from .rewards import Reward, Scores, load_reward, score
+from .rewards import Reward, load_reward, score
 from .runlog import RunLog, check_output, write_summary
 from .types import PromptBatch, Trajectory, require_finite
+from .windows import stochastic_window
 
 log = logging.getLogger(__name__)
 Resume = Literal["no", "resume", "overwrite"]
@@ -62,7 +65,7 @@ class Trainer:
         self.policy = policy or make_policy(config)
         self.reward = reward or load_reward(config.reward.name, self.policy.device)
         self.map_source = MapSource(config.map, self.policy.device, psm=psm)
-        self.map_source.check(self.prompts)
+        self.map_source.check([prompt.text for prompt in self.prompts])
         if config.model.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
         self.parameters = list(self.policy.trainable_parameters().values())
@@ -125,20 +128,25 @@ class Trainer:
             same_initial_noise=config.sampling.same_initial_noise,
         )
         with clock("rollout"):
-            trajectories = self._rollout(batch)
-            frames = torch.cat([self.policy.decode(traj) for traj in trajectories])
+            trajectories = self._rollout(batch, iteration)
+            buckets = _buckets([(traj, self.policy.decode(traj)) for traj in trajectories])
         with clock("reward"):
-            (rewards, credit), kept = self._score(frames, batch)
+            scores = [score(self.reward, bucket.frames, bucket.prompts) for bucket in buckets]
+            rewards, kept = self._check_rewards(torch.cat([found.rewards for found in scores]), batch)
         with clock("map"):
-            grid = trajectories[0].latent_shape[1:]
-            maps = self.allocation_maps(frames, batch.prompts, grid, iteration=iteration, credit=credit)
+            maps = [
+                self.allocation_maps(b.frames, b.prompts, b.grid, iteration=iteration, credit=found.credit)
+                for b, found in zip(buckets, scores, strict=True)
+            ]
         advantages = torch.zeros_like(rewards)
         advantages[kept] = group_advantages(
             rewards[kept], batch.group_size, std=config.reward.std, clip=config.reward.advantage_clip
         )
         with clock("update"):
-            losses = self._update(trajectories, pixel_advantages(advantages, maps), iteration)
-        self.frames, self.maps = frames, maps
+            shares = advantages.split([len(bucket.frames) for bucket in buckets])
+            structured = [pixel_advantages(share, bucket) for share, bucket in zip(shares, maps, strict=True)]
+            losses = self._update(trajectories, structured, iteration)
+        self.frames, self.maps = buckets[0].frames, maps[0]
         grouped = rewards[kept].view(-1, batch.group_size)
         metrics = {
             "reward_mean": grouped.mean(),
@@ -148,27 +156,43 @@ class Trainer:
             "dropped_groups": (~kept).sum() // batch.group_size,
             "advantage_abs": advantages.abs().mean(),
             **losses,
-            **{f"map_{name}": value for name, value in map_statistics(maps).items()},
+            **{f"map_{name}": value for name, value in _mean_statistics(maps).items()},
         }
         return {**{name: float(value) for name, value in metrics.items()}, **clock.seconds()}
 
-    def _rollout(self, batch: PromptBatch) -> list[Trajectory]:
+    def _rollout(self, batch: PromptBatch, iteration: int) -> list[Trajectory]:
+        """Sample in micro-batches of neighbours whose pipeline calls are equal."""
         sampling = self.config.sampling
-        size = sampling.micro_batch or len(batch.prompts)
+        first, end = sampling.reach
+        steps = stochastic_window(
+            sampling.window_mode,
+            sampling.window or end - first,
+            (first, end),
+            iteration=iteration,
+            seed=self.config.run.seed,
+            every=sampling.window_every,
+            stride=sampling.window_stride,
+        )
+        self.policy.settings = replace(self.policy.settings, stochastic_steps=steps)
+        runs: list[list[int]] = []
+        for i, entry in enumerate(batch.entries):
+            full = runs and len(runs[-1]) == (sampling.micro_batch or len(batch.prompts))
+            if not runs or full or batch.entries[runs[-1][-1]].key != entry.key:
+                runs.append([])
+            runs[-1].append(i)
         return [
             self.policy.rollout(
-                batch.prompts[i : i + size],
-                seeds=batch.seeds[i : i + size],
-                initial_seeds=batch.initial_seeds[i : i + size],
+                [batch.prompts[i] for i in run],
+                seeds=[batch.seeds[i] for i in run],
+                initial_seeds=[batch.initial_seeds[i] for i in run],
                 num_inference_steps=sampling.num_inference_steps,
-                **sampling.pipeline_call,
+                **{**sampling.pipeline_call, **batch.entries[run[0]].call},
             )
-            for i in range(0, len(batch.prompts), size)
+            for run in runs
         ]
 
-    def _score(self, frames: Tensor, batch: PromptBatch) -> tuple[Scores, Tensor]:
-        """Return scores and which samples are kept (N,): all, unless a group had a bad reward and is dropped."""
-        rewards, credit = score(self.reward, frames, batch.prompts)
+    def _check_rewards(self, rewards: Tensor, batch: PromptBatch) -> tuple[Tensor, Tensor]:
+        """Return rewards and which samples are kept (N,): all, unless a group had a bad reward and is dropped."""
         bad = ~torch.isfinite(rewards)
         if bool(bad.any()):
             first = int(bad.nonzero()[0])
@@ -184,7 +208,7 @@ class Trainer:
             raise FloatingPointError(
                 f"reward {self.config.reward.name!r}: every group of the iteration had a bad reward"
             )
-        return Scores(torch.where(bad, torch.zeros_like(rewards), rewards), credit), kept
+        return torch.where(bad, torch.zeros_like(rewards), rewards), kept
 
     def allocation_maps(
         self,
@@ -205,15 +229,22 @@ class Trainer:
             generator=torch.Generator().manual_seed(self.config.run.seed * 1_000_003 + iteration),
         )
 
-    def _update(self, trajectories: list[Trajectory], advantages: Tensor, iteration: int) -> dict[str, Tensor]:
-        """Take the configured optimizer steps on one rollout; return their mean statistics."""
+    def _update(
+        self, trajectories: list[Trajectory], advantages: Sequence[Tensor], iteration: int
+    ) -> dict[str, Tensor]:
+        """Take the configured optimizer steps on one rollout; return their mean statistics.
+
+        `advantages` are the pixel advantages of the trajectories in order, in pieces of one shape each.
+        """
         settings = self.config.optimizer
         totals: defaultdict[str, list[Tensor]] = defaultdict(list)
-        parts = advantages.split([len(traj) for traj in trajectories])
+        samples = sum(len(traj) for traj in trajectories)
+        rows = iter([row for piece in advantages for row in piece])
+        parts = [torch.stack(list(itertools.islice(rows, len(traj)))) for traj in trajectories]
         for steps in self._choose_steps(trajectories[0], iteration):
             self.optimizer.zero_grad(set_to_none=True)
             for traj, part in zip(trajectories, parts, strict=True):
-                self._accumulate(traj, part, steps, weight=len(traj) / (len(advantages) * len(steps)), totals=totals)
+                self._accumulate(traj, part, steps, weight=len(traj) / (samples * len(steps)), totals=totals)
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm)
             require_finite("gradient", norm)
             totals["grad_norm"].append(norm.detach())
@@ -262,6 +293,39 @@ class Trainer:
         if with_kl:
             self.policy.add_reference(traj, steps)
         self.policy.replay(traj, steps=steps, on_step=on_step, with_kl=with_kl)
+
+
+class _Bucket(NamedTuple):
+    """Neighbouring samples of one shape: frames (n, F, 3, Y, X), their prompts, their latent grid (T, H, W)."""
+
+    frames: Tensor
+    prompts: list[str]
+    grid: tuple[int, int, int]
+
+
+def _buckets(decoded: list[tuple[Trajectory, Tensor]]) -> list[_Bucket]:
+    """Join decoded trajectories whose neighbours have the same shapes: all of them, unless prompts differ in size."""
+    found = []
+    for (_, grid), run in itertools.groupby(decoded, lambda pair: (pair[1].shape[1:], pair[0].latent_shape[1:])):
+        pairs = list(run)
+        prompts = [prompt for traj, _ in pairs for prompt in traj.prompts]
+        found.append(_Bucket(torch.cat([frames for _, frames in pairs]), prompts, grid))
+    return found
+
+
+def _mean_statistics(maps: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Statistics of maps of one or several shapes, weighted by the number of samples; counts are summed."""
+    if len(maps) == 1:
+        return map_statistics(maps[0])
+    found = [map_statistics(part) for part in maps]
+    weights = torch.tensor([float(len(part)) for part in maps], device=maps[0].device)
+    weights = weights / weights.sum()
+    mean = {name: (torch.stack([f[name].float() for f in found]) * weights).sum() for name in found[0]}
+    return {
+        **mean,
+        "constant": torch.stack([f["constant"] for f in found]).sum(),
+        "max": torch.stack([f["max"] for f in found]).amax(),
+    }
 
 
 class _Clock:

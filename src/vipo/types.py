@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -63,6 +63,21 @@ def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """One entry of a prompt file.
+
+    Attributes:
+        text: the prompt.
+        call: further keywords of the pipeline's call for this prompt: images, sizes, a negative prompt.
+        key: equal for two entries with the same call, which may then share a batch.
+    """
+
+    text: str
+    call: dict[str, Any] = field(default_factory=dict)
+    key: str = "{}"
+
+
+@dataclass(frozen=True)
 class PromptBatch:
     """Prompts of one iteration, already repeated per group.
 
@@ -72,6 +87,7 @@ class PromptBatch:
         seeds: N noise seeds, one per sample.
         initial_seeds: N seeds of the initial noise; equal within a group that starts from the same noise.
         group_size: G.
+        entries: N entries of the prompt file, with the keywords of each prompt's own.
     """
 
     prompts: list[str]
@@ -79,6 +95,7 @@ class PromptBatch:
     seeds: list[int]
     initial_seeds: list[int]
     group_size: int
+    entries: list[Prompt]
 
 
 @dataclass
