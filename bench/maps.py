@@ -150,13 +150,13 @@ def measure(pictures: PictureSet) -> dict[str, dict[str, dict[str, np.ndarray]]]
     """Return backbone -> rule or control -> metric -> (n,)."""
     found: dict[str, dict[str, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for name, backbone in pictures.backbones.items():
+        generator = torch.Generator().manual_seed(0)  # runs on: every picture is shuffled in its own way
         psm = PerceptualStructuring(backbone)
         for picture, mask in track(pictures.items, f"{pictures.title}: {name}"):
             frames = picture[None, None]
             grid = (1, picture.shape[1] // pictures.factor, picture.shape[2] // pictures.factor)
             features = psm.features(frames)
             maps = {rule: replace(psm, orientation=rule).allocate(features, grid) for rule in ORIENTATIONS}
-            generator = torch.Generator().manual_seed(0)
             for name_of_control, kind in CONTROLS.items():
                 maps[name_of_control] = control_maps(maps["border_energy"], kind, generator)
             for rule, values in maps.items():

@@ -126,6 +126,7 @@ def test_maps_of_pictures_and_a_clip(tmp_path):
 def test_bad_input_of_maps(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert "no such file or folder: nothing" in fails(capsys, "maps", "nothing", "-o", "out")
+    assert "no such file or folder: x, y" in fails(capsys, "maps", "x", "y", "-o", "out")
     assert "did you mean map.orientation?" in fails(capsys, "maps", ".", "-o", "out", "--map.orientatoin=border")
     assert "vipo maps takes --map.KEY=VALUE" in fails(capsys, "maps", ".", "-o", "out", "--loss.level=sample")
     assert "the following arguments are required: -o" in fails(capsys, "maps", ".")
@@ -206,6 +207,14 @@ def test_a_nan_reward_names_the_sample_and_loses_nothing(tmp_path, monkeypatch, 
     Path("out/config.yaml").write_text("model: {path: nano}\n")
     fails(capsys, "train", "run.yaml", *SMALL, "--overwrite")  # the earlier run goes only when the first step is done
     assert Path("out/config.yaml").read_text() == "model: {path: nano}\n"
+
+
+@pytest.mark.parametrize("control", ["centre", "inverted"])
+def test_check_says_go_with_controls(tmp_path, capsys, control):
+    (tmp_path / "run.yaml").write_text(f"map: {{control: {control}}}\nrun: {{output: {tmp_path / 'out'}}}\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["check", str(tmp_path / "run.yaml"), "--sampling.num_inference_steps=3"])
+    assert caught.value.code == 0, capsys.readouterr().out
 
 
 def test_check_says_no_go_when_the_map_cannot_act(tmp_path, capsys):

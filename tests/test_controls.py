@@ -26,7 +26,7 @@ def test_controls_are_maps(maps: Tensor, kind: str) -> None:
 
 def test_inverted_literal() -> None:
     maps = torch.tensor([[3.0, 1.0], [2.0, 2.0]]).view(2, 1, 1, 2)
-    expected = torch.tensor([[0.0, 2.0], [1.0, 1.0]]).view(2, 1, 1, 2)
+    expected = torch.tensor([[0.0, 4.0], [2.0, 2.0]]).view(2, 1, 1, 2)  # the mean of each map stays 2
     assert torch.equal(control_maps(maps, "inverted"), expected)
 
 
@@ -71,7 +71,15 @@ def test_control_errors(maps: Tensor) -> None:
 
 
 def test_centre_blob_literal() -> None:
-    blob = control_maps(torch.rand(2, 3, 5, 9), "centre")
+    blob = control_maps(torch.full((2, 3, 5, 9), 0.5), "centre")
     rows, columns = torch.linspace(-1, 1, 5)[:, None], torch.linspace(-1, 1, 9)
     expected = torch.exp(-(rows**2 + columns**2) / (2 * 0.5**2))
-    torch.testing.assert_close(blob, (expected / expected.mean()).expand(2, 3, 5, 9))
+    torch.testing.assert_close(blob, (0.5 * expected / expected.mean()).expand(2, 3, 5, 9))
+
+
+def test_controls_are_as_strong_as_the_map() -> None:
+    maps = normalise(torch.rand(3, 2, 6, 8, generator=torch.Generator().manual_seed(15)), "minmax")
+    for kind in CONTROLS:
+        control = control_maps(maps, kind, torch.Generator().manual_seed(0))
+        expected = torch.ones(3) if kind == "ones" else maps.mean((1, 2, 3))
+        torch.testing.assert_close(control.mean((1, 2, 3)), expected, rtol=1e-5, atol=0)

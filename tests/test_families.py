@@ -26,6 +26,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def outputs_by_hand(name: str, backbone: FrozenBackbone, images: Tensor) -> Any:
     """The outputs of the family's own model, made afresh, for images (M, 3, Y, X) or clips (N, F, 3, Y, X)."""
     model = tiny(name)
+    # Pixels from the corner by which the picture is moved, so that cells lie where their pixels are.
+    moved = {"resnet": backbone.patch_size // 2, "sam2_vision_model": 2}.get(name, 0)
+    rows, columns = (torch.arange(size).add(moved).clamp(max=size - 1) for size in images.shape[-2:])
+    images = images[..., rows, :][..., columns]
     inputs: dict[str, Any] = {"pixel_values": (images - backbone.mean) / backbone.std}
     if name in ("clip_vision_model", "siglip_vision_model"):
         inputs["interpolate_pos_encoding"] = True
@@ -231,3 +235,23 @@ def test_a_fixed_square_is_stretched_to_and_said(
     assert backbone.patch_grid(240, 416) == (4, 4) and backbone.patch_grid(8, 10) == (4, 4)
     with pytest.raises(ValueError, match=f"image_size: {name} takes 64 x 64 pixels only, got 32; leave image_size out"):
         FrozenBackbone.from_pretrained(saved(name), image_size=32)
+
+
+@pytest.mark.parametrize("name", ["resnet", "convnext"])
+def test_convolutions_answer_where_the_picture_changes(name: str) -> None:
+    """A blob walks along the diagonal; the centroid of what changes in the features must walk with it."""
+    torch.manual_seed(0)
+    model = tiny(name)
+    for parameter in model.parameters():
+        parameter.data.abs_()  # nothing cancels, so that the answer is a blob too
+    backbone = FrozenBackbone(model, mean=(0.0,) * 3, std=(1.0,) * 3)
+    axis = torch.arange(256.0)
+    places = torch.arange(96.0, 161.0, 4.0)
+    bell = torch.exp(-((axis - places[:, None]) ** 2) / (2 * 12.0**2))
+    frames = (bell[:, :, None] * bell[:, None])[:, None, None].expand(-1, 1, 3, -1, -1)
+    answer = (backbone(frames) - backbone(torch.zeros_like(frames[:1]))).norm(dim=-1)[:, 0].double()
+    centres = (torch.arange(8.0).double() + 0.5) * 32 - 0.5
+    share = answer / answer.sum((1, 2), keepdim=True)
+    rows, columns = (share.sum(2) * centres).sum(1), (share.sum(1) * centres).sum(1)
+    for centroid in (rows, columns):
+        assert (centroid - places).mean().abs() < 4  # pixels, of a stride of 32; unmoved, ResNet is 15 off

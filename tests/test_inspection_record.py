@@ -45,7 +45,7 @@ def leave(output: Path, *folders: str) -> None:
         (output / folder).mkdir(parents=True)
         for name in FILES:
             (output / folder / name).touch()
-    (output / MAPS).write_text(json.dumps({"kind": "maps", "inputs": [{"folder": folder} for folder in folders]}))
+    (output / MAPS).write_text(json.dumps({"kind": "maps", "folders": folders}))
 
 
 def shown(results: list[dict[str, Any]], **options: int) -> str:
@@ -83,7 +83,7 @@ def test_tables() -> None:
     text = shown([entry("a", 0.9, "mask resized"), entry("b", 0.5)])
     for expected in ("64 x 32", "0.250", "0.125", "0.900", "a: mask resized", "the map", "control: centre", "50%"):
         assert expected in text, expected
-    assert "nano: library" in text and "0.700 [0.500, 0.900]" in text and "with 2 masks" in text
+    assert "nano: library" in text and "0.500..0.900" in text and "with 2 masks" in text
     alone = shown([entry("a", 0.9)])
     assert "0.900" in alone and "[0.900" not in alone and "with 1 mask;" in alone  # one input has no interval
     assert "a[red]b" in shown([entry("a[red]b", None)])  # rich's markup is not for file names

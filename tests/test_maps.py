@@ -29,6 +29,14 @@ def halves(frames, prompts):
     return maps
 
 
+def enormous(frames, prompts):
+    return 3e38 * halves(frames, prompts)
+
+
+def array(frames, prompts):
+    return halves(frames, prompts).numpy()
+
+
 def wrong(frames, prompts):
     return -halves(frames, prompts)
 
@@ -108,7 +116,7 @@ def test_boxes_and_masks_by_prompt(tmp_path):
     box = torch.zeros(16, 24)
     box[:8, 12:] = 1
     box[12:, :6] = 1
-    assert torch.equal(values[0], box.expand(5, 16, 24))
+    torch.testing.assert_close(values[0], box.expand(5, 16, 24))
     corner = values[1, 0]
     assert corner[:7, :11].min() == 1 and corner[9:].max() == 0 and corner[:, 13:].max() == 0
     source = MapSource(MapConfig(source="masks", path=path))
@@ -130,7 +138,7 @@ def test_a_mask_per_frame(tmp_path):
 
 
 def test_masks_are_missed_at_once(tmp_path):
-    path = lines(tmp_path / "m.jsonl", {"prompt": "p", "boxes": [[0, 0, 1, 1]]}, {"prompt": "q", "mask": "gone.png"})
+    path = lines(tmp_path / "m.jsonl", {"prompt": "p", "boxes": [[0, 0, 0.5, 1]]}, {"prompt": "q", "mask": "gone.png"})
     source = MapSource(MapConfig(source="masks", path=path))
     source.check(["p"])
     with pytest.raises(ValueError, match="no entry for 1 prompts, first 'other'"):
@@ -195,5 +203,43 @@ def test_wrong_functions():
     with pytest.raises(ValueError, match="map.source: module 'test_maps' has no 'f'"):
         MapSource(MapConfig(source="test_maps:f"))
     source = MapSource(MapConfig(source="test_maps:wrong"))
-    with pytest.raises(ValueError, match="map of test_maps:wrong: expected finite values >= 0, got min -1"):
+    with pytest.raises(ValueError, match="map of test_maps:wrong: expected values in .* got min -1"):
         source(FRAMES, ["", ""], GRID, 4)
+
+
+def test_a_box_covers_its_share_of_each_pixel(tmp_path):
+    """A box narrower than a pixel counts by its area, and one between two pixels falls on both."""
+    path = lines(
+        tmp_path / "m.jsonl",
+        {"prompt": "thin", "boxes": [[10.25 / 24, 0, 10.5 / 24, 1]]},
+        {"prompt": "between", "boxes": [[4.5 / 24, 3.0 / 16, 5.5 / 24, 4.0 / 16]]},
+    )
+    thin, between = MaskFile(path)(FRAMES, ["thin", "between"])[:, 0]
+    torch.testing.assert_close(thin.sum(0), 16 * torch.eye(24)[10] * 0.25, rtol=0, atol=1e-4)
+    expected = torch.zeros(16, 24)
+    expected[3, 4:6] = 0.5
+    torch.testing.assert_close(between, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_a_mask_that_says_nothing_is_refused(tmp_path, value):
+    Image.new("L", (8, 8), value).save(tmp_path / "m.png")
+    path = lines(tmp_path / "m.jsonl", {"prompt": "p", "mask": "m.png"}, {"prompt": "all", "boxes": [[0, 0, 1, 1]]})
+    for prompt in ("p", "all"):
+        with pytest.raises(ValueError, match=f"the mask of '{prompt}' is . everywhere: it says nothing"):
+            MaskFile(path).check([prompt])
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04junk", b"\x93NUMPY\x01\x00v\x00{"])
+def test_damaged_arrays_are_one_line(tmp_path, content):
+    (tmp_path / "m.NPY").write_bytes(content)
+    with pytest.raises(ValueError, match=r"m\.NPY: not a readable \.npy array"):
+        read_mask(tmp_path / "m.NPY")
+
+
+def test_a_huge_map_is_refused_and_an_array_is_taken():
+    with pytest.raises(ValueError, match=r"expected values in \[0, 1e\+30\), got min 0 and max 3e\+38"):
+        MapSource(MapConfig(source="test_maps:enormous"))(FRAMES, ["left", "right"], GRID, 4)
+    expected = MapSource(MapConfig(source="test_maps:halves"))(FRAMES, ["left", "right"], GRID, 4)
+    as_array = MapSource(MapConfig(source="test_maps:array"))(FRAMES, ["left", "right"], GRID, 4)
+    torch.testing.assert_close(as_array, expected)

@@ -261,7 +261,7 @@ def test_wrong_calls_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_frames: expected at least 1, got 0"):
         read_frames(tmp_path / "a.png", max_frames=0)
     for fps in (0, -1, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="expected fps > 0"):
+        with pytest.raises(ValueError, match="expected fps >= 0.01"):
             write_video(tmp_path / "a.mp4", frames, fps)
     with pytest.raises(ValueError, match="ending in .mp4"):
         write_video(tmp_path / "a.gif", frames, 8)

@@ -56,6 +56,22 @@ def test_flow_agrees_with_scikit_image() -> None:
     assert np.abs(ours - theirs).mean() < 0.1  # pixels, of up to 1.6
 
 
+def test_noise_in_flat_places_does_not_flow() -> None:
+    """Half texture, half flat with faint noise, and nothing moves: the noise must not be read as motion."""
+    generator = torch.Generator().manual_seed(7)
+    before, after = crop(texture(7), 0, 0), crop(texture(7), 0, 0)
+    noise = 0.002 * torch.randn(2, 80, 40, generator=generator)
+    before[:, 40:], after[:, 40:] = 0.5 + noise[0], 0.5 + noise[1]
+    assert optical_flow(before[None], after[None])[0].norm(dim=0).max() < 0.2  # pixels; 7 without the ridge
+
+
+def test_a_step_is_bounded() -> None:
+    """Unlike pictures have no flow; what is found stays within the pyramid's reach instead of running away."""
+    generator = torch.Generator().manual_seed(8)
+    first, second = torch.rand(2, 1, 64, 64, generator=generator)
+    assert optical_flow(first, second).abs().max() < 4 * (1 + 2 + 4)
+
+
 @pytest.mark.parametrize("kind", ["difference", "flow"])
 def test_what_does_not_move_has_no_motion(kind: str) -> None:
     still = torch.rand(2, 1, 3, 40, 56, generator=torch.Generator().manual_seed(3))

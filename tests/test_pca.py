@@ -55,6 +55,16 @@ def test_pca_in_float32_of_a_steep_spectrum(seed: int) -> None:
     )
 
 
+def test_enough_iterations_for_a_slow_spectrum() -> None:
+    """Singular values 1, .9, .81, ...: the third component is found as far as eight iterations reach."""
+    generator = torch.Generator().manual_seed(6)
+    left, right = (torch.linalg.qr(torch.randn(2, size, 40, generator=generator).double()).Q for size in (300, 64))
+    features = 50 * (left * 0.9 ** torch.arange(40)) @ right.mT
+    exact, fast = principal_components(features, 3, "exact"), principal_components(features, 3)
+    cosine = torch.nn.functional.cosine_similarity(exact.projections, fast.projections, dim=1).abs()
+    assert cosine.min() > 0.999
+
+
 def test_ratio_is_of_the_total_variance_not_of_the_kept_components() -> None:
     features = torch.tensor([[[3.0, 0.0], [-3.0, 0.0], [0.0, 1.0], [0.0, -1.0]]])
     got = principal_components(features, components=1)

@@ -15,7 +15,7 @@ from transformers import Dinov2Config, Dinov2Model
 
 import vipo.psm
 from vipo.psm import ORIENTATIONS, PerceptualStructuring
-from vipo.psm.allocation import flicker, map_statistics
+from vipo.psm.allocation import COMBINATIONS, flicker, map_statistics
 from vipo.psm.pca import PrincipalComponents, principal_components
 
 
@@ -306,6 +306,19 @@ def test_motion_moves_the_weight_to_what_moves(motion: str) -> None:
         torch.testing.assert_close(values.mean((1, 2, 3)), torch.ones(1), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("combine", COMBINATIONS)
+@pytest.mark.parametrize("motion", ["difference", "flow"])
+def test_what_does_not_move_keeps_its_map(motion: str, combine: str) -> None:
+    moving = scenes(1, frames=5)
+    frames = torch.cat([moving, moving[:, :1].expand(-1, 5, -1, -1, -1)])
+    plain = PerceptualStructuring(pooled(8))(frames, (5, 12, 10))
+    maps = PerceptualStructuring(pooled(8), motion=motion, combine=combine)(frames, (5, 12, 10))
+    torch.testing.assert_close(maps[1], plain[1], rtol=0, atol=1e-5)
+    assert not torch.allclose(maps[0], plain[0], atol=0.1)
+    image = PerceptualStructuring(pooled(8), motion=motion, combine=combine)(frames[:, :1], (1, 12, 10))
+    torch.testing.assert_close(image, PerceptualStructuring(pooled(8))(frames[:, :1], (1, 12, 10)), rtol=0, atol=1e-5)
+
+
 def test_features_can_be_used_again() -> None:
     frames = scenes(2, frames=5)
     for options in ({}, {"motion": "flow"}, {"orientation": "skewness", "temperature": 0.5}):
@@ -410,7 +423,7 @@ def test_a_failing_backbone_stops_the_run_with_its_own_reason() -> None:
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e20])
 def test_features_that_are_not_finite_stop_the_run(value: float) -> None:
     def broken(frames: Tensor) -> Tensor:
         features = pooled(8)(frames)

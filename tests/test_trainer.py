@@ -12,6 +12,7 @@ from vipo.checkpoint import list_checkpoints
 from vipo.prompts import prompt_batch
 from vipo.psm import BackboneError
 from vipo.runlog import read_metrics
+from vipo.trainer import frame_groups
 
 CALL = {"max_sequence_length": 8}
 
@@ -269,3 +270,46 @@ def test_prompts_with_their_own_sizes_and_keywords(tmp_path):
     assert heights["a cat"] * 2 == heights["a dog"] * 3
     metrics = trainer.step(0)
     assert metrics["grad_norm"] > 0 and metrics["map_mean"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("frames", "latent_frames", "expected"),
+    [(1, 1, (1, True)), (5, 2, (4, True)), (9, 2, (8, True)), (53, 14, (4, True)), (8, 2, (4, False)),
+     (16, 2, (8, False)), (12, 3, (4, False)), (7, 7, (1, True)), (25, 5, (6, True)), (4, 2, (2, False))],
+)  # fmt: skip
+def test_the_grouping_of_frames_is_read_off_their_number(frames, latent_frames, expected):
+    assert frame_groups(frames, latent_frames) == expected
+
+
+def test_an_unknown_grouping_is_refused():
+    for frames, latent_frames in ((10, 4), (6, 4), (9, 4)):
+        with pytest.raises(ValueError, match="grouping of frames is not known"):
+            frame_groups(frames, latent_frames)
+
+
+@pytest.mark.parametrize(("frames", "alone"), [(9, True), (8, False)])
+def test_maps_of_clips_read_every_frame_in_its_group(tmp_path, frames, alone):
+    trainer = make(tmp_path)
+    clips = torch.rand(2, frames, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    latent_frames = 3 if alone else 2
+    maps = trainer.allocation_maps(clips, ["", ""], (latent_frames, 4, 4), iteration=0)
+    expected = PerceptualStructuring(colour_backbone)(clips, (latent_frames, 4, 4), 4, first_frame_alone=alone)
+    assert torch.equal(maps, expected)
+
+
+def test_shuffled_maps_differ_from_iteration_to_iteration(tmp_path):
+    trainer = make(tmp_path, map={"control": "shuffled"})
+    frames = torch.rand(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    first, second, again = (trainer.allocation_maps(frames, ["", ""], (1, 4, 4), iteration=i) for i in (0, 1, 0))
+    assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+def test_a_dropped_sample_needs_no_credit(tmp_path):
+    def bad(frames, prompts):
+        rewards, credit = brightness(frames, prompts), frames[:, :, 0].clone()
+        rewards[0], credit[0] = float("nan"), float("nan")
+        return rewards, credit
+
+    trainer = make(tmp_path, reward=bad, on_failure="drop", map={"source": "reward"})
+    metrics = trainer.step(0)
+    assert metrics["dropped_groups"] == 1 and metrics["map_constant"] == 3 and metrics["grad_norm"] > 0

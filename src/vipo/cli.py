@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"vipo: error: {line}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print("vipo: interrupted; the last checkpoint is intact, continue with --resume", file=sys.stderr)
+        print("vipo: interrupted; what was finished is on the disk (vipo train goes on with --resume)", file=sys.stderr)
         code = 130
     sys.exit(code)
 

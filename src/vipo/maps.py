@@ -23,6 +23,8 @@ from .types import check_shape
 
 # Controls that do not depend on the map they stand for: no source is loaded or run for them.
 CONTENT_FREE = ("ones", "centre")
+LARGEST = 1e30
+"""Bound of a user's map values: float32 sums of larger ones overflow to a map of zeros."""
 
 
 class FrameMaps(Protocol):
@@ -85,6 +87,7 @@ class MapSource:
         latent_shape: tuple[int, int, int],
         temporal_compression: int = 1,
         *,
+        first_frame_alone: bool = True,
         credit: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
@@ -94,7 +97,8 @@ class MapSource:
             frames: (N, F, 3, Y, X), in [0, 1].
             prompts: N prompts.
             latent_shape: (T, H, W).
-            temporal_compression: c, pixel frames per latent frame; F = 1 + (T - 1) c.
+            temporal_compression: c, pixel frames per latent frame.
+            first_frame_alone: whether frame 0 has a latent frame to itself: F = 1 + (T - 1) c, else F = T c.
             credit: (N, F, h, w), >= 0, what the reward returned beside its scores; for source "reward".
             generator: for the controls that draw random numbers.
 
@@ -108,10 +112,12 @@ class MapSource:
             blank = torch.ones(len(frames), *latent_shape, device=frames.device)
             return control_maps(blank, self.control or "ones")
         if self.psm is not None:
-            maps = self.psm(frames, latent_shape, temporal_compression)
+            maps = self.psm(frames, latent_shape, temporal_compression, first_frame_alone=first_frame_alone)
         else:
             values = self._values(frames, prompts, credit).to(frames.device, torch.float32)
-            maps = self.allocation.place(values, latent_shape, temporal_compression, frames=frames)
+            maps = self.allocation.place(
+                values, latent_shape, temporal_compression, first_frame_alone=first_frame_alone, frames=frames
+            )
         return maps if self.control is None else control_maps(maps, self.control, generator)
 
     def _values(self, frames: Tensor, prompts: Sequence[str], credit: Tensor | None) -> Tensor:
@@ -123,10 +129,13 @@ class MapSource:
                 "map.source=reward: the reward returned scores only; return (scores (N,), credit (N, F, h, w)) or set "
                 "another map.source"
             )
+        credit = torch.as_tensor(credit)
         check_shape(f"map of {self.source}", credit, "N F h w", {"N": len(frames), "F": frames.shape[1]})
         low, high = (float(bound) for bound in credit.aminmax())
-        if not (low >= 0 and high < torch.inf):
-            raise ValueError(f"map of {self.source}: expected finite values >= 0, got min {low:.4g} and max {high:.4g}")
+        if not (low >= 0 and high < LARGEST):
+            raise ValueError(
+                f"map of {self.source}: expected values in [0, {LARGEST:.0e}), got min {low:.4g} and max {high:.4g}"
+            )
         return credit
 
 
@@ -206,7 +215,15 @@ class MaskFile:
         if missing:
             raise ValueError(f"map.path: {self.path} has no entry for {len(missing)} prompts, first {missing[0]!r}")
         for prompt in dict.fromkeys(prompts):
-            self._mask(prompt, 1, (1, 1), any_frames=True)
+            entry = self.entries[prompt]
+            mask = (
+                _coverage(entry["boxes"], (64, 64)) if "boxes" in entry else read_mask(self.path.parent / entry["mask"])
+            )
+            if mask.amin() == mask.amax():
+                raise ValueError(
+                    f"map.path: {self.path}: the mask of {prompt!r} is {float(mask.amax()):.3g} everywhere: it says "
+                    "nothing; white is the subject, black the rest, and transparency counts as white"
+                )
 
     def __call__(self, frames: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return (N, F, Y, X) in [0, 1] for frames (N, F, 3, Y, X)."""
@@ -214,22 +231,29 @@ class MaskFile:
         masks = {prompt: self._mask(prompt, count, size) for prompt in dict.fromkeys(prompts)}
         return torch.stack([masks[prompt] for prompt in prompts])
 
-    def _mask(self, prompt: str, count: int, size: tuple[int, int], *, any_frames: bool = False) -> Tensor:
+    def _mask(self, prompt: str, count: int, size: tuple[int, int]) -> Tensor:
         """One prompt's mask, (F, Y, X)."""
         entry = self.entries[prompt]
         if "boxes" in entry:
-            rows, columns = ((torch.arange(length) + 0.5) / length for length in size)
-            boxes = torch.tensor(entry["boxes"], dtype=torch.float32)[..., None, None]
-            left, top, right, bottom = boxes.unbind(1)
-            inside = (columns >= left) & (columns < right) & (rows[:, None] >= top) & (rows[:, None] < bottom)
-            return inside.any(0).float().expand(count, *size)
+            return _coverage(entry["boxes"], size).expand(count, *size)
         mask = read_mask(self.path.parent / entry["mask"])
-        if len(mask) not in (1, count) and not any_frames:
+        if len(mask) not in (1, count):
             raise ValueError(
                 f"map.path: {self.path}: the mask of {prompt!r} has {len(mask)} frames, expected 1 or {count}"
             )
         resized = functional.interpolate(mask[:, None], size, mode="bilinear", align_corners=False, antialias=True)
-        return resized[:, 0].expand(max(count, len(mask)), *size)
+        return resized[:, 0].expand(count, *size)
+
+
+def _coverage(boxes: list[list[float]], size: tuple[int, int]) -> Tensor:
+    """Share of each pixel of (Y, X) that boxes in fractions of the frame cover; the most of any box."""
+    left, top, right, bottom = torch.tensor(boxes, dtype=torch.float32)[:, None].unbind(2)
+
+    def overlap(low: Tensor, high: Tensor, length: int) -> Tensor:
+        edges = torch.arange(length + 1) / length
+        return (torch.minimum(high, edges[1:]) - torch.maximum(low, edges[:-1])).clamp_min(0) * length
+
+    return (overlap(top, bottom, size[0])[:, :, None] * overlap(left, right, size[1])[:, None]).amax(0)
 
 
 def read_mask(path: Path) -> Tensor:
@@ -238,11 +262,12 @@ def read_mask(path: Path) -> Tensor:
     Raises:
         ValueError: not readable, another number of dimensions, or values outside [0, 1].
     """
-    if path.suffix != ".npy":
+    if path.suffix.lower() != ".npy":
         return read_frames(path).mean(1)
     try:
-        mask = torch.from_numpy(np.load(path).astype(np.float32))
-    except (OSError, ValueError) as error:
+        with path.open("rb") as stream:
+            mask = torch.from_numpy(np.lib.format.read_array(stream).astype(np.float32))
+    except (OSError, ValueError, EOFError, TypeError) as error:
         raise ValueError(f"{path}: not a readable .npy array of numbers: {error}") from None
     if mask.ndim not in (2, 3) or mask.numel() == 0 or not (mask.min() >= 0 and mask.max() <= 1):
         raise ValueError(f"{path}: expected (h, w) or (F, h, w) in [0, 1], got shape {tuple(mask.shape)}")

@@ -129,8 +129,8 @@ def write_video(path: Path, frames: Tensor, fps: float) -> None:
     sizes = check_shape("frames", frames, "F 3 Y X")
     if path.suffix.lower() != ".mp4":
         raise ValueError(f"{path}: expected a name ending in .mp4")
-    if not 0 < fps < math.inf or frames.numel() == 0:
-        raise ValueError(f"expected fps > 0 and at least one frame, got fps {fps} and shape {tuple(frames.shape)}")
+    if not 0.01 <= fps < math.inf or frames.numel() == 0:
+        raise ValueError(f"expected fps >= 0.01 and at least one frame, got fps {fps} and shape {tuple(frames.shape)}")
     padding = (0, sizes["X"] % 2, 0, sizes["Y"] % 2)
     padded = F.pad(frames.float().cpu(), padding, mode="replicate") if any(padding) else frames
     write_atomically(path, lambda partial: _encode(partial, padded, Fraction(fps).limit_denominator(1001)))
@@ -168,7 +168,7 @@ def name_media(
     Args:
         inputs: see `find_media`.
         skipped: folders or files that are no inputs although they lie below one.
-        reserved: names not to be given.
+        reserved: names not to be given, at any depth.
 
     Returns:
         Name -> (file, its path without suffix relative to the input that named it); names are unique, also where
@@ -179,7 +179,8 @@ def name_media(
     """
     found: dict[str, tuple[Path, Path]] = {}
     seen: set[Path] = set()
-    taken = {name.casefold() for name in reserved}
+    taken: set[str] = set()
+    kept_free = {name.casefold() for name in reserved}
     for entry in inputs:
         base = entry if entry.is_dir() else entry.parent
         for path in find_media([entry]):
@@ -193,7 +194,7 @@ def name_media(
             seen.add(place)
             relative = path.relative_to(base).with_suffix("")
             name, number = relative.as_posix(), 1
-            while name.casefold() in taken:
+            while name.casefold() in taken or name.rpartition("/")[2].casefold() in kept_free:
                 number += 1
                 name = f"{relative.as_posix()}-{number}"
             taken.add(name.casefold())

@@ -133,18 +133,18 @@ class Trainer:
         with clock("reward"):
             scores = [score(self.reward, bucket.frames, bucket.prompts) for bucket in buckets]
             rewards, kept = self._check_rewards(torch.cat([found.rewards for found in scores]), batch)
+        sizes = [len(bucket.frames) for bucket in buckets]
         with clock("map"):
             maps = [
-                self.allocation_maps(b.frames, b.prompts, b.grid, iteration=iteration, credit=found.credit)
-                for b, found in zip(buckets, scores, strict=True)
+                self.allocation_maps(b.frames, b.prompts, b.grid, iteration=iteration, credit=found.credit_of(part))
+                for b, found, part in zip(buckets, scores, kept.split(sizes), strict=True)
             ]
         advantages = torch.zeros_like(rewards)
         advantages[kept] = group_advantages(
             rewards[kept], batch.group_size, std=config.reward.std, clip=config.reward.advantage_clip
         )
         with clock("update"):
-            shares = advantages.split([len(bucket.frames) for bucket in buckets])
-            structured = [pixel_advantages(share, bucket) for share, bucket in zip(shares, maps, strict=True)]
+            structured = [pixel_advantages(share, m) for share, m in zip(advantages.split(sizes), maps, strict=True)]
             losses = self._update(trajectories, structured, iteration)
         self.frames, self.maps = buckets[0].frames, maps[0]
         grouped = rewards[kept].view(-1, batch.group_size)
@@ -220,11 +220,13 @@ class Trainer:
         credit: Tensor | None = None,
     ) -> Tensor:
         """Make the configured maps (N, T, H, W) of frames (N, F, 3, Y, X) on a latent grid (T, H, W)."""
+        compression, alone = frame_groups(frames.shape[1], grid[0])
         return self.map_source(
             frames,
             prompts,
             grid,
-            temporal_compression(frames, grid[0]),
+            compression,
+            first_frame_alone=alone,
             credit=credit,
             generator=torch.Generator().manual_seed(self.config.run.seed * 1_000_003 + iteration),
         )
@@ -348,9 +350,25 @@ class _Clock:
         return {**self.times, "seconds": round(time.perf_counter() - self.started, 4)}
 
 
-def temporal_compression(frames: Tensor, latent_frames: int) -> int:
-    """Pixel frames per latent frame after the first, read off the shapes: F = 1 + (T - 1) c; 1 for images."""
-    return (frames.shape[1] - 1) // (latent_frames - 1) if latent_frames > 1 else 1
+def frame_groups(frames: int, latent_frames: int) -> tuple[int, bool]:
+    """Read off F and T how a VAE groups pixel frames: (c, whether the first frame has a latent frame to itself).
+
+    F = 1 + (T - 1) c with the first frame alone, F = T c without. Known VAEs have c = 1 or an even c, so that an odd F
+    is the one and an even F the other.
+
+    Raises:
+        ValueError: no c gives F frames from T latent frames.
+    """
+    if frames == latent_frames:
+        return 1, True
+    alone = frames % 2 == 1 and latent_frames > 1
+    groups, grouped = (latent_frames - 1, frames - 1) if alone else (latent_frames, frames)
+    if grouped % groups:
+        raise ValueError(
+            f"{frames} frames of {latent_frames} latent frames: neither F = 1 + (T - 1) c nor F = T c with an even c; "
+            "this VAE's grouping of frames is not known"
+        )
+    return grouped // groups, alone
 
 
 def make_policy(config: Config) -> DiffusersPolicy:

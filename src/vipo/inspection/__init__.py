@@ -22,7 +22,7 @@ from torch import Tensor
 from vipo import __version__
 from vipo.config import MapConfig
 from vipo.files import write_atomically
-from vipo.inspection.record import MAPS, check_output, remove_earlier, summarise
+from vipo.inspection.record import FILES, MAPS, check_output, remove_earlier, summarise
 from vipo.maps import make_psm, read_mask
 from vipo.media import (
     IMAGE_SUFFIXES,
@@ -34,7 +34,7 @@ from vipo.media import (
     write_video,
 )
 from vipo.pictures import Block, cell_size, component_pictures, draw_sheet, overlay
-from vipo.psm import CONTROLS, ORIENTATIONS, BackboneError, PerceptualStructuring, control_maps, flicker, map_statistics
+from vipo.psm import CONTROLS, ORIENTATIONS, BackboneError, PerceptualStructuring, control_maps, map_statistics
 from vipo.psm.agreement import agreement
 from vipo.types import check_choice
 
@@ -150,8 +150,8 @@ def inspect_maps(
 ) -> Inspection:
     """Make and write the maps of pictures and clips, and measure them where masks are given.
 
-    An input that cannot be read, or whose mask cannot, is named in `failures`; the others are done all the same.
-    maps.json is written again after every input, so that an interrupted run keeps what it has.
+    An input that is missing or cannot be read, or whose mask cannot, is named in `failures`; the others are done all
+    the same. maps.json is written again after every input, so that an interrupted run keeps what it has.
 
     Args:
         inputs: files, or folders that are walked.
@@ -162,7 +162,7 @@ def inspect_maps(
         progress: told how far it is.
 
     Raises:
-        ValueError: a wrong option, a missing input, nothing found, or an output that holds something else.
+        ValueError: a wrong option, no input at all, or an output that holds something else.
     """
     config, options = map_config or MapConfig(), options or InspectOptions()
     if config.source != "psm" or config.control is not None:
@@ -171,14 +171,22 @@ def inspect_maps(
         )
     check_output(output, overwrite=overwrite)
     apart = [output, *([options.ground_truth] if options.ground_truth else [])]
-    found = name_media(inputs, skipped=apart, reserved=[MAPS])
+    present = [path for path in inputs if path.exists()]
+    if not present:
+        raise ValueError(f"no such file or folder: {', '.join(map(str, inputs))}")
+    found = name_media(present, skipped=apart, reserved=[MAPS, *FILES])
     if options.ground_truth is not None and options.ground_truth.is_file() and len(found) > 1:
         raise ValueError(f"ground_truth: one file for {len(found)} inputs; give a folder of masks named as the inputs")
     inspector = Inspector(config, options)
     if overwrite:
         remove_earlier(output)
     output.mkdir(parents=True, exist_ok=True)
-    outcome = Inspection()
+    outcome = Inspection(failures=[(str(path), "no such file or folder") for path in inputs if path not in present])
+
+    def record() -> None:
+        write_atomically(output / MAPS, _as_json(config, options, list(found), outcome))
+
+    record()  # before the first map, so that an interrupted run can be told from something else
     for number, (folder, (path, relative)) in enumerate(found.items()):
         progress("maps", number, len(found), path.name)
         try:
@@ -192,8 +200,9 @@ def inspect_maps(
             outcome.results.append({"path": str(path), "folder": folder, **entry})
         except (ValueError, BackboneError) as error:
             outcome.failures.append((str(path), str(error).removeprefix(f"{path}: ")))
-        outcome.overall = summarise(outcome.results)
-        _write_json(output, config, options, outcome)
+        record()
+    outcome.overall = summarise(outcome.results)
+    record()
     progress("maps", len(found), len(found), "")
     return outcome
 
@@ -336,7 +345,7 @@ def describe(clip: Clip, chosen: Tensor, measured: dict[str, Any] | None) -> dic
         "latent_shape": list(clip.latent_shape),
         "temporal_compression": clip.temporal_compression,
         "constant": constant,
-        "statistics": {**statistics, "flicker": float(flicker(chosen[None])[0])},
+        "statistics": statistics,
         "agreement": measured,
         "notes": clip.notes,
     }
@@ -381,14 +390,15 @@ def find_mask(ground_truth: Path, relative: Path) -> Path:
     return masks[0]
 
 
-def _write_json(output: Path, config: MapConfig, options: InspectOptions, outcome: Inspection) -> None:
+def _as_json(config: MapConfig, options: InspectOptions, folders: list[str], outcome: Inspection) -> str:
     content = {
         "kind": "maps",
         "vipo": __version__,
         "map": config.model_dump(mode="json"),
         "options": asdict(options),
+        "folders": folders,
         "inputs": outcome.results,
         "failures": [{"path": path, "reason": reason} for path, reason in outcome.failures],
         "overall": outcome.overall,
     }
-    write_atomically(output / MAPS, json.dumps(content, indent=1, default=str, allow_nan=False) + "\n")
+    return json.dumps(content, indent=1, default=str, allow_nan=False) + "\n"

@@ -59,7 +59,8 @@ def _earlier(output: Path) -> list[str] | None:
         return None
     if not isinstance(content, dict) or content.get("kind") != "maps":
         return None
-    return [str(entry["folder"]) for entry in content["inputs"]]
+    folders = content.get("folders")
+    return [str(folder) for folder in folders] if isinstance(folders, list) else None
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -98,34 +99,36 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 def tables(results: list[dict[str, Any]], overall: dict[str, Any], limit: int = 20) -> list[Table]:
     """What the terminal shows: the inputs (the first `limit`), and how the map, its controls and the rules agree."""
+    measured = bool(overall.get("measured"))
     inputs = Table(title=f"allocation maps of {len(results)} inputs")
-    for heading in ("folder", "size", "frames", *(name.replace("_", " ") for name in STATISTICS), "AUC"):
+    for heading in ("folder", "size", "frames", *(name.replace("_", " ") for name in STATISTICS)):
         inputs.add_column(heading, justify="left" if heading == "folder" else "right")
+    for name in METRICS if measured else ():
+        inputs.add_column(name, justify="right")
     for entry in results[:limit]:
         numbers = [f"{entry['statistics'][name]:.3f}" for name in STATISTICS]
-        area = f"{entry['agreement']['map']['AUC']:.3f}" if entry["agreement"] else "-"
+        found = entry["agreement"] and entry["agreement"]["map"]
+        agreement = [f"{found[name]:.3f}" if found else "-" for name in METRICS] if measured else []
         size = f"{entry['width']} x {entry['height']}"
-        inputs.add_row(escape(entry["folder"]), size, str(entry["frames"]), *numbers, area)
+        inputs.add_row(escape(entry["folder"]), size, str(entry["frames"]), *numbers, *agreement)
     remarks = [f"{entry['folder']}: {note}" for entry in results[:limit] for note in entry["notes"]]
     if len(results) > limit:
         remarks.append(f"and {len(results) - limit} more, all in {MAPS}")
     inputs.caption = escape("\n".join(remarks)) or None
-    if not overall.get("measured"):
-        return [inputs]
-    return [inputs, _agreement_table(overall)]
+    return [inputs, _agreement_table(overall)] if measured else [inputs]
 
 
 def _agreement_table(summary: dict[str, Any]) -> Table:
     count = summary["measured"]
-    interval = ", mean [95 % interval of AUC]" if count > 1 else ""
+    interval = ", mean over 95 % interval" if count > 1 else ""
     table = Table(title=f"agreement with {count} mask{'s' * (count > 1)}{interval}; KL is better low")
     for heading in ("", *METRICS, "map wins"):
         table.add_column(heading, justify="right" if heading else "left")
 
     def cells(entry: dict[str, Any]) -> list[str]:
-        area, *others = (entry[name] for name in METRICS)
-        between = f" [{area['low']:.3f}, {area['high']:.3f}]" if count > 1 else ""
-        return [f"{area['mean']:.3f}{between}", *(f"{other['mean']:.3f}" for other in others)]
+        estimates = [entry[name] for name in METRICS]
+        between = [f"\n{e['low']:.3f}..{e['high']:.3f}" if count > 1 else "" for e in estimates]
+        return [f"{e['mean']:.3f}{part}" for e, part in zip(estimates, between, strict=True)]
 
     table.caption = "map wins: in how many inputs its AUC is above the control's"
     table.add_row("the map", *cells(summary["map"]), "", style="bold", end_section=True)

@@ -56,6 +56,7 @@ __all__ = [
 ]
 
 PCA_SCOPES = ("sample", "frame")
+_LARGEST_FEATURE = 1e12  # float32 sums of squares of larger ones overflow
 _PIXEL_TOLERANCE = 1e-3  # decoders in bfloat16 overshoot [0, 1] by less
 
 
@@ -114,6 +115,7 @@ class LatentAllocation:
             ValueError: shapes that do not agree, or no frames where motion needs them.
         """
         latent_frames, height, width = latent_shape
+        maps = maps.float()
 
         def on_latent_grid(values: Tensor) -> Tensor:
             resized = resize_space(values, (height, width))
@@ -123,8 +125,11 @@ class LatentAllocation:
         if self.motion != "none":
             if frames is None:
                 raise ValueError(f'motion "{self.motion}" is measured on the frames: pass them, got None')
-            moved = on_latent_grid(motion_maps(frames, self.motion, (height, width))) + NEGLIGIBLE[self.motion]
-            placed = combine(placed, moved.to(placed), self.combine, self.motion_weight)
+            negligible = NEGLIGIBLE[self.motion]
+            moved = on_latent_grid(motion_maps(frames, self.motion, (height, width))).to(placed)
+            still = moved.amax((1, 2, 3), keepdim=True) <= negligible  # nothing to add: the first map stays
+            both = combine(placed, moved + negligible, self.combine, self.motion_weight)
+            placed = torch.where(still, normalise(placed), both)
         return normalise(placed, self.normalisation, temperature=self.temperature, floor=self.floor).float()
 
 
@@ -293,9 +298,10 @@ class PerceptualStructuring(LatentAllocation):
         if not (low >= -_PIXEL_TOLERANCE and high <= 1 + _PIXEL_TOLERANCE):  # also NaN, which aminmax propagates
             raise ValueError(f"frames: expected finite values in [0, 1], got min {low:.4g} and max {high:.4g}")
         features_low, features_high = torch.stack(features.aminmax()).tolist()
-        if not (features_low > -torch.inf and features_high < torch.inf):
+        if not (features_low > -_LARGEST_FEATURE and features_high < _LARGEST_FEATURE):  # also NaN
             raise BackboneError(
-                f"the backbone's features are not finite (min {features_low}, max {features_high}) for frames in "
+                f"the backbone's features are not finite, or beyond {_LARGEST_FEATURE:.0e} in size "
+                f"(min {features_low}, max {features_high}) for frames in "
                 f"[{low:.4g}, {high:.4g}]: check its weights, or compute in float32 (dtype=None)"
             )
         if blanks:  # position embeddings give structure to what has none; one feature everywhere gives a map of ones

@@ -245,6 +245,9 @@ class FrozenBackbone(torch.nn.Module):
         if images.shape[2:] != size:
             images = functional.interpolate(images, size=size, mode="bicubic", align_corners=False, antialias=True)
             images.clamp_(0, 1)  # bicubic overshoots at edges
+        offset = round(self._family.offset(self.patch_size))
+        if offset:  # move the picture so that the cells lie where their pixels are
+            images = functional.pad(images, (0, offset, 0, offset), mode="replicate")[..., offset:, offset:]
         return (images - self.mean).div_(self.std)
 
 

@@ -14,12 +14,14 @@ CONTROLS = ("ones", "centre", "shuffled", "inverted", "random")
 def control_maps(maps: Tensor, kind: str, generator: torch.Generator | None = None) -> Tensor:
     """Make the maps that a claim about ViPO must beat: same strength, other places.
 
+    All but ones, which is scalar GRPO exactly, have the mean of `maps` per sample (1 with normalisation "mean").
+
         ones      1 everywhere: scalar GRPO
         centre    a Gaussian blob at the centre of the frame, std a quarter of each axis: where subjects tend to be
         shuffled  blocks of 2 x 2 positions permuted within each sample (single positions where H or W is odd or the map
                   is one block): the same values, elsewhere
-        inverted  max - M, divided by its mean: pressure where perception does not look
-        random    a smooth random field whose sorted values are M's, divided by its mean: a plausible map of nothing
+        inverted  max - M, scaled: pressure where perception does not look
+        random    a smooth random field whose sorted values are M's: a plausible map of nothing
 
     Args:
         maps: (N, T, H, W), >= 0.
@@ -27,7 +29,7 @@ def control_maps(maps: Tensor, kind: str, generator: torch.Generator | None = No
         generator: for "shuffled" and "random", on any device.
 
     Returns:
-        (N, T, H, W), >= 0; mean 1 per sample, except that "shuffled" keeps the mean of `maps`.
+        (N, T, H, W), >= 0.
 
     Raises:
         ValueError: wrong rank, unknown kind, or no generator where one is needed.
@@ -36,13 +38,14 @@ def control_maps(maps: Tensor, kind: str, generator: torch.Generator | None = No
     check_choice("control", kind, CONTROLS)
     if kind == "ones":
         return torch.ones_like(maps)
+    mean = maps.mean((1, 2, 3), keepdim=True)
     if kind == "centre":
-        return normalise(centre_prior(maps.shape[2], maps.shape[3], maps).expand_as(maps))
+        return mean * normalise(centre_prior(maps.shape[2], maps.shape[3], maps).expand_as(maps))
     if kind == "inverted":
-        return normalise(maps.amax((1, 2, 3), keepdim=True) - maps)
+        return mean * normalise(maps.amax((1, 2, 3), keepdim=True) - maps)
     if generator is None:
         raise ValueError(f'control "{kind}" draws random numbers: pass a torch.Generator, got None')
-    return _shuffle_blocks(maps, generator) if kind == "shuffled" else normalise(_random_field(maps, generator))
+    return _shuffle_blocks(maps, generator) if kind == "shuffled" else _random_field(maps, generator)
 
 
 def _shuffle_blocks(maps: Tensor, generator: torch.Generator) -> Tensor:

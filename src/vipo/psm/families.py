@@ -23,6 +23,7 @@ class Family(NamedTuple):
         prefix_tokens: tokens before the patches, wherever the layout is "tokens".
         layouts: of the last hidden state and of hidden_states: "tokens" (B, P, D), "channels_first" or "channels_last".
         last: what `layer=-1` reads off the model's outputs.
+        offset: pixels by which the centre of a cell of a given stride lies before the middle of its pixels.
         multiple: what the sides of a frame must be a multiple of, in pixels; None = the largest stride.
         side: of the only square, in pixels, that the model takes; None = any size.
         clip: least and most frames per window of a video model, always a multiple of the least; None = one image.
@@ -35,6 +36,7 @@ class Family(NamedTuple):
     prefix_tokens: Callable[[Any], int] = lambda config: 0
     layouts: tuple[str, str] = ("tokens", "tokens")
     last: Callable[[Any], Tensor] = lambda outputs: outputs.last_hidden_state
+    offset: Callable[[int], float] = lambda stride: 0.0
     multiple: Callable[[Any], int] | None = None
     side: Callable[[Any], int] | None = None
     clip: Callable[[Any], tuple[int, int]] | None = None
@@ -79,6 +81,7 @@ FAMILIES: dict[str, Family] = {
     "resnet": Family(
         lambda config: _stage_strides(4, 8 if config.downsample_in_first_stage else 4, len(config.hidden_sizes)),
         layouts=("channels_first", "channels_first"),
+        offset=lambda stride: (stride - 1) / 2,  # its padded convolutions centre cell i on pixel stride * i
     ),
     "convnext": _CONVNEXT,
     "convnextv2": _CONVNEXT,
@@ -89,6 +92,7 @@ FAMILIES: dict[str, Family] = {
         _hiera_strides,
         layouts=("channels_first", "channels_last"),
         last=lambda outputs: outputs.fpn_hidden_states[-1],  # the image embedding that the mask decoder sees
+        offset=lambda stride: 1.5,  # of its padded 7 x 7 patches of stride 4
         multiple=lambda config: math.lcm(  # of the windows that tile the position embeddings, too
             max(_hiera_strides(config)),
             config.backbone_config.patch_stride[0] * config.backbone_config.window_size_per_stage[0],

@@ -19,7 +19,7 @@ _WINDOW = 2.0  # pixels, std of the Lucas-Kanade window at every pyramid level
 _ITERATIONS = 4
 _SMALLEST = 16  # pixels, least side of the coarsest pyramid level
 # Relative to the mean squared gradient: where the texture is weaker than this the flow stays near 0, not at noise.
-_RIDGE = 1e-2
+_RIDGE = 3e-2
 
 
 @torch.no_grad()

@@ -34,6 +34,10 @@ class Scores(NamedTuple):
     rewards: Tensor
     credit: Tensor | None
 
+    def credit_of(self, kept: Tensor) -> Tensor | None:
+        """Return the credit with ones for the samples that are not kept (N,): a dropped sample has no say."""
+        return None if self.credit is None else torch.where(kept.view(-1, 1, 1, 1), self.credit, 1)
+
 
 REWARDS: dict[str, Callable[[torch.device], Reward]] = {
     "nano": lambda device: ClipPreference.from_pretrained("nano", device=device),
@@ -72,6 +76,7 @@ def score(reward: Reward, frames: Tensor, prompts: Sequence[str]) -> Scores:
     if tuple(rewards.shape) != (len(prompts),):
         raise ValueError(f"reward: expected one number per sample, shape ({len(prompts)},), got {tuple(rewards.shape)}")
     if credit is not None:
+        credit = torch.as_tensor(credit)
         check_shape("reward's credit map", credit, "N F h w", {"N": sizes["N"], "F": sizes["F"]})
         credit = credit.to(frames.device, torch.float32)
     return Scores(rewards.to(frames.device, torch.float32), credit)
