@@ -10,7 +10,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     {"types", "files", "windows", "nano"},
     {"kernels", "advantages", "losses", "psm", "config", "prompts", "loading", "media"},
-    {"scheduler", "rewards", "maps", "pictures"},
+    {"scheduler", "pipelines", "rewards", "maps", "pictures"},
     {"policy"},
     {"checkpoint", "runlog", "evaluation", "report"},
     {"trainer"},

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vipo.psm.latent_grid import check_frames, pool_time, resize_space
+from vipo.psm.latent_grid import check_frames, frame_groups, pool_time, resize_space
 
 
 def resampling_matrix(source: int, target: int) -> np.ndarray:
@@ -90,3 +90,19 @@ def test_nonsense_counts() -> None:
     for latent_frames, compression in [(0, 1), (1, 0), (-1, 4)]:
         with pytest.raises(ValueError, match=">= 1"):
             check_frames(1, latent_frames, compression)
+
+
+@pytest.mark.parametrize(
+    ("frames", "latent_frames", "expected"),
+    [(1, 1, (1, True)), (5, 2, (4, True)), (9, 2, (8, True)), (53, 14, (4, True)), (8, 2, (4, False)),
+     (16, 2, (8, False)), (81, 21, (4, True)), (88, 22, (4, False)),
+     (12, 3, (4, False)), (7, 7, (1, True)), (25, 5, (6, True)), (4, 2, (2, False))],
+)  # fmt: skip
+def test_the_grouping_of_frames_is_read_off_their_number(frames, latent_frames, expected):
+    assert frame_groups(frames, latent_frames) == expected
+
+
+def test_an_unknown_grouping_is_refused():
+    for frames, latent_frames in ((10, 4), (6, 4), (9, 4)):
+        with pytest.raises(ValueError, match="grouping of frames is not known"):
+            frame_groups(frames, latent_frames)

@@ -12,7 +12,6 @@ from vipo.checkpoint import list_checkpoints
 from vipo.prompts import prompt_batch
 from vipo.psm import BackboneError
 from vipo.runlog import read_metrics
-from vipo.trainer import frame_groups
 
 CALL = {"max_sequence_length": 8}
 
@@ -270,21 +269,6 @@ def test_prompts_with_their_own_sizes_and_keywords(tmp_path):
     assert heights["a cat"] * 2 == heights["a dog"] * 3
     metrics = trainer.step(0)
     assert metrics["grad_norm"] > 0 and metrics["map_mean"] == pytest.approx(1, abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("frames", "latent_frames", "expected"),
-    [(1, 1, (1, True)), (5, 2, (4, True)), (9, 2, (8, True)), (53, 14, (4, True)), (8, 2, (4, False)),
-     (16, 2, (8, False)), (12, 3, (4, False)), (7, 7, (1, True)), (25, 5, (6, True)), (4, 2, (2, False))],
-)  # fmt: skip
-def test_the_grouping_of_frames_is_read_off_their_number(frames, latent_frames, expected):
-    assert frame_groups(frames, latent_frames) == expected
-
-
-def test_an_unknown_grouping_is_refused():
-    for frames, latent_frames in ((10, 4), (6, 4), (9, 4)):
-        with pytest.raises(ValueError, match="grouping of frames is not known"):
-            frame_groups(frames, latent_frames)
 
 
 @pytest.mark.parametrize(("frames", "alone"), [(9, True), (8, False)])

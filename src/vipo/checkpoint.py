@@ -78,8 +78,7 @@ def load_checkpoint(path: Path, policy: DiffusersPolicy, optimizer: torch.optim.
     if policy.lora:
         weights = {name.removeprefix("weight."): t for name, t in tensors.items() if name.startswith("weight.")}
     else:
-        saved = type(policy.denoiser).from_pretrained(path / "weights" / policy.denoiser_name)  # type: ignore[attr-defined]
-        weights = dict(saved.state_dict())
+        weights = policy.saved_weights(path / "weights")
     missing = sorted(set(parameters) - set(weights))
     if missing or any(weights[name].shape != p.shape for name, p in parameters.items()):
         raise ValueError(

@@ -54,6 +54,8 @@ class ModelConfig(Section):
     """"nano" (embedded), a folder written by save_pretrained, or a hub id."""
     train: Literal["lora", "full"] = "lora"
     """Train a LoRA adapter, or all weights of the denoiser."""
+    denoisers: list[str] | None = None
+    """Which denoisers are trained where there are several (Wan 2.2 A14B: transformer, transformer_2); null for all."""
     lora_rank: Positive = 16
     """Rank of the adapter."""
     lora_alpha: Positive = 32
@@ -79,6 +81,8 @@ class SamplingConfig(Section):
     """Noise scale of the kernel. The ViPO paper: 0.3 (FLUX), 0.25 (Wan)."""
     num_inference_steps: Annotated[int, Field(ge=2)] = 8
     """Denoising steps K; the last one is deterministic and never trained. The ViPO paper: 8 (FLUX), 16 (Wan)."""
+    shift: Annotated[float, Field(gt=0)] | None = None
+    """Shift of a flow schedule towards noise; null for the pipeline's own. The ViPO paper: 3 (FLUX), 8 (Wan)."""
     guidance_scale: float | None = 1.0
     """Passed to the pipeline's call; null for the pipeline's own default. The ViPO paper: 3.5 (FLUX), 5 (Wan)."""
     height: Positive | None = None

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import get_peft_model_state_dict
+from torch import nn
 
 from .nano import resolve
 
@@ -25,6 +28,23 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, call: dict[str, Any
     )  # diffusers leaves them out
     if call:
         (folder / CALL_FILE).write_text(json.dumps({"call": call}) + "\n")
+
+
+def save_lora(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module], folder: Path) -> None:
+    """Write the adapters of a pipeline's denoisers for `pipeline.load_lora_weights(folder)`.
+
+    A second denoiser's adapter has a file of its own: load_lora_weights(folder,
+    weight_name="transformer_2_lora_weights.safetensors", load_into_transformer_2=True).
+    """
+    for name, denoiser in denoisers.items():
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser))
+        kind = name.removesuffix("_2")
+        type(pipeline).save_lora_weights(
+            folder,
+            **{f"{kind}_lora_layers": layers},
+            **{f"{kind}_lora_adapter_metadata": denoiser.peft_config["default"].to_dict()},  # type: ignore[index,union-attr]
+            weight_name=None if kind == name else f"{name}_lora_weights.safetensors",
+        )
 
 
 def load_pipeline(name: str | Path, dtype: torch.dtype | None = None) -> tuple[DiffusionPipeline, dict[str, Any]]:

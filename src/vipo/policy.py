@@ -8,28 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from torch import Tensor, nn
 
+from . import pipelines
 from .kernels import Gaussian, gaussian_log_prob
-from .loading import load_pipeline, save_pipeline
+from .loading import load_pipeline, save_lora, save_pipeline
 from .losses import reference_kl
-from .scheduler import Recording, SamplerSettings, Scoring, Transition, stochastic_scheduler
+from .scheduler import Recording, SamplerSettings, Scoring, Transition, require_all_steps, stochastic_scheduler
 from .types import Trajectory
 
 OnStep = Callable[..., None]
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+Training: TypeAlias = "Literal['lora', 'full', 'none'] | LoraConfig"
+LORA_TARGETS = [
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("to_qkv_mlp_proj", "to_q_t", "to_k_t", "to_v_t"),  # FLUX.2's single-stream blocks; HiDream's text stream
+]
 """Attention projections of diffusers' transformers and U-Nets; the names that a model lacks match nothing."""
-_DIGIT = 32  # layout probes are written in base 32: small integers survive bfloat16 and the pipeline's affine scaling
 
 
 class _LatentsReached(Exception):
@@ -44,14 +47,17 @@ class DiffusersPolicy:
         kernel: flow_grpo, dance_grpo, flow_cps (flow matching) or ddim.
         eta: noise scale of the kernel; 0 is the pipeline's own deterministic sampler.
         stochastic_steps: steps with noise; None for all but the last, which never has any.
-        train: "lora" (rank 16), a peft LoraConfig, "full" for all weights of the denoiser, or "none".
+        shift: of a flow schedule towards noise; None for the pipeline's own.
+        train: "lora" (rank 16), a peft LoraConfig, "full" for all weights of the denoiser, or "none". A pipeline with
+            two denoisers (Wan 2.2 A14B) trains both so; {"transformer_2": "lora"} trains the named ones only.
         dtype: of the frozen weights; trained weights stay float32.
         autocast: dtype of an autocast around the pipeline's networks; None for none.
         device: default: cuda where there is one, else cpu.
 
     Attributes:
         pipeline: the pipeline.
-        denoiser: its transformer or U-Net.
+        denoisers: the trained denoisers by component name (all of them if none is trained).
+        denoiser: the first of them, a transformer or U-Net.
 
     Raises:
         ValueError: the pipeline cannot be loaded or cannot be driven; the message says why.
@@ -64,7 +70,8 @@ class DiffusersPolicy:
         kernel: str = "flow_grpo",
         eta: float = 0.7,
         stochastic_steps: Sequence[int] | None = None,
-        train: Literal["lora", "full", "none"] | LoraConfig = "lora",
+        shift: float | None = None,
+        train: Training | Mapping[str, Training] = "lora",
         dtype: torch.dtype | None = None,
         autocast: torch.dtype | None = None,
         device: str | torch.device | None = None,
@@ -78,43 +85,69 @@ class DiffusersPolicy:
         else:
             self.pipeline, self.call_defaults = load_pipeline(pipeline, dtype)
         self.pipeline.to(self.device)
-        components = self.pipeline.components
-        self.denoiser_name = "unet" if components.get("unet") is not None else "transformer"
-        if components.get(self.denoiser_name) is None or components.get("vae") is None:
-            raise ValueError(
-                f"pipeline: {type(self.pipeline).__name__} has no transformer or unet, or no vae: cannot drive it"
-            )
-        for component in components.values():
+        denoisers = pipelines.find_denoisers(self.pipeline)
+        plan = dict(train) if isinstance(train, Mapping) else dict.fromkeys(denoisers, train)
+        if not set(plan) <= set(denoisers):
+            raise ValueError(f"train: expected names out of {', '.join(denoisers)}, got {', '.join(plan)}")
+        for component in self.pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.eval().requires_grad_(False)
-        self.denoiser: nn.Module = components[self.denoiser_name]
         self.autocast = autocast
-        self.settings = SamplerSettings(kernel, eta, None if stochastic_steps is None else tuple(stochastic_steps))
+        self.settings = SamplerSettings(
+            kernel, eta, None if stochastic_steps is None else tuple(stochastic_steps), shift
+        )
         stochastic_scheduler(self.pipeline.scheduler, self.settings)  # refuse a wrong kernel now
-        self.lora = self._prepare_training(train)
-        self._reference: nn.Module | None = None
+        kinds = {name: self._prepare_training(denoisers[name], kind) for name, kind in plan.items()}
+        if {"full", "lora"} <= set(kinds.values()):
+            raise ValueError("train: expected an adapter for every trained denoiser or all weights of each, not both")
+        self.lora = "lora" in kinds.values()
+        trained = {name: module for name, module in denoisers.items() if kinds.get(name, "none") != "none"}
+        self.denoisers: dict[str, nn.Module] = trained or denoisers
+        self.denoiser_name, self.denoiser = next(iter(self.denoisers.items()))
+        self._several = len(denoisers) > 1
+        self._reference: dict[str, nn.Module] = {}
         self._layouts: dict[str, tuple[Tensor, tuple[int, int, int, int]]] = {}
 
-    def _prepare_training(self, train: str | LoraConfig) -> bool:
+    def _prepare_training(self, denoiser: nn.Module, train: Training) -> Literal["lora", "full", "none"]:
         """Attach the adapter or free the weights; return whether the trained weights are an adapter."""
-        if train in ("full", "none"):
-            self.denoiser.requires_grad_(train == "full")
+        if train == "full" or train == "none":
+            denoiser.requires_grad_(train == "full")
         else:
             if train == "lora":
                 train = LoraConfig(r=16, lora_alpha=32, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
             if not isinstance(train, LoraConfig):
                 raise ValueError(f"train: expected lora, full, none or a peft LoraConfig, got {train!r}")
-            self.denoiser.add_adapter(train)  # type: ignore[operator]
-        cast_training_params(self.denoiser, dtype=torch.float32)
-        return train not in ("full", "none")
+            for owner, method in ((denoiser, "add_adapter"), (self.pipeline, "save_lora_weights")):
+                if method not in dir(owner):
+                    raise ValueError(f"train: diffusers has no LoRA here ({type(owner).__name__}: {method}); use full")
+            denoiser.add_adapter(train)  # type: ignore[operator]
+        cast_training_params(denoiser, dtype=torch.float32)
+        return "lora" if isinstance(train, LoraConfig) else train
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """The trained weights by name."""
-        return {name: p for name, p in self.denoiser.named_parameters() if p.requires_grad}
+        """The trained weights by name; the component's name comes first where the pipeline has several denoisers."""
+        return {
+            f"{component}.{name}" if self._several else name: p
+            for component, denoiser in self.denoisers.items()
+            for name, p in denoiser.named_parameters()
+            if p.requires_grad
+        }
+
+    def saved_weights(self, folder: Path) -> dict[str, Tensor]:
+        """Read what `save` wrote of fully trained denoisers, named as in `trainable_parameters`."""
+        return {
+            f"{component}.{name}" if self._several else name: tensor
+            for component, denoiser in self.denoisers.items()
+            for name, tensor in type(denoiser).from_pretrained(folder / component).state_dict().items()  # type: ignore[attr-defined]
+        }
 
     def enable_gradient_checkpointing(self) -> None:
-        """Recompute the denoiser's blocks in the backward pass instead of keeping their activations."""
-        self.denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
+        """Recompute the denoisers' blocks in the backward pass instead of keeping their activations."""
+        reason = pipelines.particulars_of(self.pipeline).no_checkpointing
+        if reason:
+            raise ValueError(f"gradient_checkpointing: not with {type(self.pipeline).__name__}: {reason}")
+        for denoiser in self.denoisers.values():
+            denoiser.enable_gradient_checkpointing()  # type: ignore[operator]
 
     @torch.no_grad()
     def rollout(
@@ -148,18 +181,22 @@ class DiffusersPolicy:
         encoded: list[Any] = []
         prepared: list[Any] = []
         generators = [torch.Generator().manual_seed(seed) for seed in initial_seeds]
-        in_front = {
-            "encode_prompt": _remember(self.pipeline.encode_prompt, encoded),
-            "prepare_latents": _remember(self.pipeline.prepare_latents, prepared),
-        }
-        self._call(prompts, call, recording, in_front, generator=generators, output_type="latent")
-        if not (prepared and encoded and recording.records):
-            raise ValueError(
-                f"pipeline: {type(self.pipeline).__name__} does not go through encode_prompt, prepare_latents and "
-                "scheduler.step: cannot replay it"
-            )
-        layout, shape = self._layout(list(prompts), call, encoded, prepared[0], recording.records[-1].next_latents)
-        return Trajectory(list(prompts), list(seeds), call, recording.records, encoded, prepared[0], layout, shape)
+        in_front = {"prepare_latents": pipelines.remember(self.pipeline.prepare_latents, prepared)}
+        for name in pipelines.conditioning(self.pipeline):
+            in_front[name] = pipelines.remember(getattr(self.pipeline, name), encoded)
+        ran: list[int] = []  # steps of trained denoisers
+        with contextlib.ExitStack() as hooks:
+            for denoiser in self.denoisers.values():
+                hook = denoiser.register_forward_pre_hook(lambda *a: ran.append(len(recording.records)))
+                hooks.callback(hook.remove)
+            self._call(prompts, call, recording, in_front, generator=generators, output_type="latent")
+        for k in set(range(len(recording.records))) - set(ran):  # of an expert that is not trained: no gradient
+            recording.records[k].log_probs = None
+        pipelines.check_replayable(self.pipeline, prepared, recording.records)
+        unknown = torch.empty(0), (0, 0, 0, 0)
+        traj = Trajectory(list(prompts), list(seeds), call, recording.records, encoded, prepared[0], *unknown)
+        traj.layout, traj.latent_shape = self._layout(traj)
+        return traj
 
     @torch.no_grad()
     def generate(
@@ -178,7 +215,7 @@ class DiffusersPolicy:
         """
         call = {**self.call_defaults, **call, "num_inference_steps": num_inference_steps}
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        plain = SamplerSettings(self.settings.kernel, eta=0.0)
+        plain = replace(self.settings, eta=0.0)
         call = {**call, "generator": generators, "output_type": "pt"}
         return _frames(self._call(prompts, call, Recording(seeds), {}, settings=plain))
 
@@ -222,22 +259,24 @@ class DiffusersPolicy:
             self._rescore(traj, steps, store)
 
     def keep_reference(self) -> None:
-        """Keep a frozen copy of a fully trained denoiser as the KL's reference; an adapter needs none."""
+        """Keep a frozen copy of fully trained denoisers as the KL's reference; an adapter needs none."""
         if not self.lora:
-            self._reference = copy.deepcopy(self.denoiser).requires_grad_(False)
+            self._reference = {name: copy.deepcopy(p).requires_grad_(False) for name, p in self.denoisers.items()}
 
     @contextlib.contextmanager
     def _reference_weights(self) -> Iterator[None]:
         if self.lora:
-            self.denoiser.disable_adapters()  # type: ignore[operator]
+            for denoiser in self.denoisers.values():
+                denoiser.disable_adapters()  # type: ignore[operator]
             try:
                 yield
             finally:
-                self.denoiser.enable_adapters()  # type: ignore[operator]
-        elif self._reference is None:
+                for denoiser in self.denoisers.values():
+                    denoiser.enable_adapters()  # type: ignore[operator]
+        elif not self._reference:
             raise ValueError("reference: call keep_reference() before training all weights with a KL term")
         else:
-            with _in_front(self.pipeline, {self.denoiser_name: self._reference}):
+            with _in_front(self.pipeline, self._reference):
                 yield
 
     def _rescore(self, traj: Trajectory, steps: Sequence[int], on_step: Callable[[int, Gaussian], None]) -> None:
@@ -262,8 +301,9 @@ class DiffusersPolicy:
 
     def _resume(self, traj: Trajectory, transition: Transition, latents: Tensor, **call: Any) -> Any:
         """Call the pipeline, without its no_grad, on recorded embeddings from given latents."""
-        in_front = _recorded(traj.encoded, traj.prepared, latents)
-        return self._call(traj.prompts, traj.call, transition, in_front, **call)
+        in_front = pipelines.recorded(self.pipeline, traj.encoded, traj.prepared, latents)
+        generators = [torch.Generator().manual_seed(seed) for seed in traj.seeds]  # some tails (LTX) add noise
+        return self._call(traj.prompts, traj.call, transition, in_front, generator=generators, **call)
 
     def _call(
         self,
@@ -280,18 +320,15 @@ class DiffusersPolicy:
         scheduler = stochastic_scheduler(self.pipeline.scheduler, settings or self.settings)
         scheduler.transition = transition
         in_front = {**in_front, "scheduler": scheduler, "_progress_bar_config": {"disable": True}}
-        parameters = inspect.signature(type(self.pipeline).__call__).parameters
-        unknown = sorted(set(call) - set(parameters))
-        if unknown and all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
-            raise ValueError(f"call: {type(self.pipeline).__name__} takes no keyword {unknown[0]!r}; see its __call__")
+        call = pipelines.complete_call(self.pipeline, call, len(prompts))
         enabled = autocast and self.autocast is not None
         with _in_front(self.pipeline, in_front), torch.autocast(self.device.type, self.autocast, enabled=enabled):
             undecorated: Any = type(self.pipeline).__call__.__wrapped__  # type: ignore[attr-defined]  # without no_grad
-            return undecorated(self.pipeline, prompt=list(prompts), **call, **more)
+            output = undecorated(self.pipeline, prompt=list(prompts), **call, **more)
+        require_all_steps(scheduler, type(self.pipeline).__name__)
+        return output
 
-    def _layout(
-        self, prompts: list[str], call: dict[str, Any], encoded: list[Any], prepared: Any, like: Tensor
-    ) -> tuple[Tensor, tuple[int, int, int, int]]:
+    def _layout(self, traj: Trajectory) -> tuple[Tensor, tuple[int, int, int, int]]:
         """Where the VAE's latents come from: probe the pipeline's tail with index-coded latents, once per shape.
 
         Returns:
@@ -301,34 +338,25 @@ class DiffusersPolicy:
             ValueError: the tail is not a permutation with an affine map.
         """
         # one packed shape may stand for several pictures (48x64 and 64x48), so the call is part of the key
-        key = repr((tuple(like.shape[1:]), sorted((k, v) for k, v in call.items() if isinstance(v, (int, float, str)))))
+        like = traj.steps[-1].next_latents
+        plain = sorted((k, v) for k, v in traj.call.items() if isinstance(v, (int, float, str)))
+        key = repr((tuple(like.shape[1:]), plain))
         if key not in self._layouts:
 
             def reach(values: Tensor) -> Tensor:
                 sample = values.to(like).expand(like.shape[0], -1).reshape(like.shape)
-                return self._latents_at_vae(prompts, call, encoded, prepared, sample)[0].float()
+                return self._latents_at_vae(traj, sample)[0].float()
 
-            count = like[0].numel()
-            index = torch.arange(count, device=like.device)
-            zero, one = reach(torch.zeros_like(index)), reach(torch.ones_like(index))
-            position = torch.zeros_like(zero, dtype=torch.long)
-            place = 1
-            while place < count:
-                position += ((reach(index // place % _DIGIT) - zero) / (one - zero)).round().long() * place
-                place *= _DIGIT
-            if position.numel() != count or not torch.equal(position.flatten().sort().values, index):
+            found = pipelines.probe_layout(reach, like[0])
+            if found is None:
                 raise ValueError(
                     f"pipeline: {type(self.pipeline).__name__} does not hand its latents to the VAE as a permutation "
                     "of the denoiser's; its latent grid is unknown, cannot place a map on it"
                 )
-            c, *grid = position.shape
-            t, h, w = grid if len(grid) == 3 else (1, *grid)
-            self._layouts[key] = (position.flatten(), (c, t, h, w))
+            self._layouts[key] = found
         return self._layouts[key]
 
-    def _latents_at_vae(
-        self, prompts: list[str], call: dict[str, Any], encoded: list[Any], prepared: Any, latents: Tensor
-    ) -> Tensor:
+    def _latents_at_vae(self, traj: Trajectory, latents: Tensor) -> Tensor:
         """Run the pipeline's tail on `latents` up to the VAE and return what the VAE would decode."""
         caught: list[Tensor] = []
 
@@ -337,23 +365,16 @@ class DiffusersPolicy:
             raise _LatentsReached
 
         nothing = Scoring([], [], lambda k, gaussian: None)
-        vae = self.pipeline.vae
-        with _in_front(vae, {"decode": catch}), contextlib.suppress(_LatentsReached):
-            self._call(prompts, call, nothing, _recorded(encoded, prepared, latents), autocast=False, output_type="pt")
+        with _in_front(self.pipeline.vae, {"decode": catch}), contextlib.suppress(_LatentsReached):
+            self._resume(traj, nothing, latents, autocast=False, output_type="pt")
         if not caught:
             raise ValueError(f"pipeline: {type(self.pipeline).__name__} never calls vae.decode: cannot drive it")
         return caught[0]
 
     def save(self, folder: Path) -> None:
-        """Write the trained weights as `diffusers` reads them: a LoRA folder, or the whole pipeline."""
+        """Write the trained weights as `diffusers` reads them: a LoRA folder (`save_lora`), or the whole pipeline."""
         if self.lora:
-            layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.denoiser))
-            settings = {self.denoiser_name: self.denoiser.peft_config["default"].to_dict()}  # type: ignore[index,union-attr]
-            type(self.pipeline).save_lora_weights(
-                folder,
-                **{f"{self.denoiser_name}_lora_layers": layers},
-                **{f"{name}_lora_adapter_metadata": value for name, value in settings.items()},
-            )
+            save_lora(self.pipeline, self.denoisers, folder)
         else:
             save_pipeline(self.pipeline, folder, self.call_defaults)
 
@@ -380,18 +401,3 @@ def _in_front(target: Any, attributes: dict[str, Any]) -> Iterator[None]:
         for name in attributes:
             del target.__dict__[name]
         target.__dict__.update(before)
-
-
-def _remember(function: Callable[..., Any], outputs: list[Any]) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        outputs.append(function(*args, **kwargs))
-        return outputs[-1]
-
-    return call
-
-
-def _recorded(encoded: list[Any], prepared: Any, latents: Tensor) -> dict[str, Any]:
-    """Stand-ins that return recorded embeddings, in order, and recorded latents."""
-    queue = iter(encoded)
-    ready = (latents, *prepared[1:]) if isinstance(prepared, tuple) else latents
-    return {"encode_prompt": lambda *a, **k: next(queue), "prepare_latents": lambda *a, **k: ready}

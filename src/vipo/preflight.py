@@ -57,7 +57,7 @@ def preflight(config: Config) -> list[Finding]:
         Finding(
             "policy",
             count > 0,
-            f"{type(policy.pipeline).__name__}, {count:,} trained parameters of its {policy.denoiser_name}, "
+            f"{type(policy.pipeline).__name__}, {count:,} trained parameters of its {', '.join(policy.denoisers)}, "
             f"on {policy.device}",
         )
     )

@@ -8,6 +8,7 @@ The last step is always deterministic: its noise would reach the image but no la
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -86,11 +87,13 @@ class SamplerSettings:
         kernel: flow_grpo, dance_grpo or flow_cps for flow matching; ddim for epsilon- and v-prediction.
         eta: noise scale; 0 is the deterministic sampler.
         stochastic_steps: steps with noise (MixGRPO's window); None for all. The last step never has any.
+        shift: of a flow schedule, sigma <- shift sigma / (1 + (shift - 1) sigma), instead of the pipeline's own.
     """
 
     kernel: str
     eta: float
     stochastic_steps: tuple[int, ...] | None = None
+    shift: float | None = None
 
     def eta_at(self, k: int, num_steps: int) -> float:
         chosen = self.stochastic_steps is None or k in self.stochastic_steps
@@ -98,16 +101,31 @@ class SamplerSettings:
 
 
 class FlowStochasticScheduler(FlowMatchEulerDiscreteScheduler):
-    """Flow-matching scheduler with a stochastic step; the schedule of sigmas is the parent's."""
+    """Flow-matching scheduler with a stochastic step; the schedule of sigmas is the parent's, or `replaced`'s.
+
+    Attributes:
+        replaced: the multistep solver (UniPC, DPM-Solver) whose sigmas and timesteps to keep; None for the parent's.
+    """
 
     settings: SamplerSettings
     transition: Transition
+    pending: Iterator[int]
+    replaced: Any = None
 
     @functools.wraps(FlowMatchEulerDiscreteScheduler.set_timesteps)  # pipelines inspect this signature for `sigmas`
-    def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        super().set_timesteps(*args, **kwargs)
-        self._levels = self.sigmas.tolist()  # once per call, so that no step waits for the device
-        self._pending = _cut_timesteps(self)
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: str | torch.device | None = None, **kwargs: Any
+    ) -> None:
+        super().set_timesteps(num_inference_steps, device, **kwargs)
+        if self.replaced is not None and kwargs.get("sigmas") is None and kwargs.get("timesteps") is None:
+            shift = {"mu": kwargs["mu"]} if self.replaced.config.get("use_dynamic_shifting") else {}
+            self.replaced.set_timesteps(num_inference_steps, device=device, **shift)
+            self.sigmas, self.timesteps = self.replaced.sigmas, self.replaced.timesteps
+        # Mochi counts sigma from the picture: 0 is noise and the network predicts x0 - noise
+        self._sign = -1 if self.config.invert_sigmas else 1
+        sigmas = self.sigmas.tolist()  # once per call, so that no step waits for the device
+        self._levels = [1 - sigma for sigma in sigmas] if self.config.invert_sigmas else sigmas
+        self.pending = _cut_timesteps(self)
 
     def step(
         self,
@@ -120,10 +138,10 @@ class FlowStochasticScheduler(FlowMatchEulerDiscreteScheduler):
         """Take one step of the kernel in float32; see the parent for the arguments."""
         if per_token_timesteps is not None:
             raise ValueError("per_token_timesteps: this pipeline gives every token its own noise level; not supported")
-        k = next(self._pending)
+        k = next(self.pending)
         gaussian = FLOW_KERNELS[self.settings.kernel](
             sample.float(),
-            model_output.float(),
+            self._sign * model_output.float(),
             sigma=self._levels[k],
             sigma_next=self._levels[k + 1],
             eta=self.settings.eta_at(k, len(self._levels) - 1),
@@ -138,6 +156,7 @@ class DDIMStochasticScheduler(DDIMScheduler):
 
     settings: SamplerSettings
     transition: Transition
+    pending: Iterator[int]
 
     @functools.wraps(DDIMScheduler.set_timesteps)
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
@@ -146,13 +165,13 @@ class DDIMStochasticScheduler(DDIMScheduler):
         alphas, final = self.alphas_cumprod.tolist(), float(self.final_alpha_cumprod)
         times = self.timesteps.tolist()
         self._levels = [(alphas[t], alphas[t - stride] if t >= stride else final) for t in times]
-        self._pending = _cut_timesteps(self)
+        self.pending = _cut_timesteps(self)
 
     def step(
         self, model_output: Tensor, timestep: int | Tensor, sample: Tensor, return_dict: bool = True
     ) -> DDIMSchedulerOutput | tuple[Tensor]:
         """Take one DDIM(eta) step in float32; see the parent for the arguments."""
-        k = next(self._pending)
+        k = next(self.pending)
         alpha, alpha_next = self._levels[k]
         gaussian = ddim(
             sample.float(),
@@ -178,6 +197,16 @@ def _cut_timesteps(scheduler: Any) -> Iterator[int]:
 StochasticScheduler = FlowStochasticScheduler | DDIMStochasticScheduler
 
 
+def require_all_steps(scheduler: StochasticScheduler, pipeline: str) -> None:
+    """Raise ValueError if a call of the pipeline has ended before the schedule: its steps were then not these."""
+    left = len(list(scheduler.pending))
+    if left:
+        raise ValueError(
+            f"pipeline: {pipeline} leaves out {left} steps of its schedule (image-to-image strength, denoising_end): "
+            "cannot drive it so"
+        )
+
+
 def is_flow(scheduler: Any) -> bool:
     """Whether a pipeline's scheduler integrates a flow (velocity prediction) rather than a diffusion."""
     config = scheduler.config
@@ -197,25 +226,39 @@ def stochastic_scheduler(original: Any, settings: SamplerSettings) -> Stochastic
     """
     name = type(original).__name__
     flow_kernels = ", ".join(FLOW_KERNELS)
+    # from_config would put our class's default for every setting that the original left at its own default
+    config = {key: value for key, value in original.config.items() if key != "_use_default_values"}
     if is_flow(original):
         if settings.kernel not in FLOW_KERNELS:
             raise ValueError(
                 f"kernel: {name} is a flow scheduler; expected one of {flow_kernels}, got {settings.kernel!r}"
             )
-        config = dict(original.config)
-        if "flow_shift" in config:  # UniPC and DPM-Solver folders (Wan, Sana) name the shift differently
-            config["shift"] = config["flow_shift"]
         config["stochastic_sampling"] = False
-        made: StochasticScheduler = FlowStochasticScheduler.from_config(config)
+        if settings.shift is not None:
+            config |= {"shift": settings.shift, "use_dynamic_shifting": False}
+            config.pop("flow_shift", None)
+        flow = FlowStochasticScheduler.from_config(config)
+        if "flow_shift" in config:  # UniPC and DPM-Solver (Wan, Sana) shift and space the sigmas in their own way
+            flow.replaced = copy.deepcopy(original)
+        made: StochasticScheduler = flow
     elif "beta_schedule" in original.config:
+        if settings.shift is not None:
+            raise ValueError(f"shift: {name} is a diffusion scheduler, which has none; leave it out")
         if settings.kernel != "ddim":
             raise ValueError(f"kernel: {name} is a diffusion scheduler; expected ddim, got {settings.kernel!r}")
-        config = {"clip_sample": False, **original.config}
+        config.setdefault("clip_sample", False)
         if config.get("thresholding"):
             raise ValueError(
                 f"scheduler: {name} uses dynamic thresholding, whose steps are not Gaussian; not supported"
             )
+        if name.startswith("CogVideoX"):
+            config["clip_sample"] = False  # its classes read the setting and never clip
+        if "DDIM" not in name and config.get("timestep_spacing") == "linspace":
+            config["timestep_spacing"] = "trailing"  # DDIM's own linspace skips noise levels: arXiv 2305.08891, Table 2
         made = DDIMStochasticScheduler.from_config(config)
+        made.alphas_cumprod = original.alphas_cumprod  # CogVideoX shifts its signal-to-noise ratio
+        if not made.config.set_alpha_to_one:
+            made.final_alpha_cumprod = made.alphas_cumprod[0]
     else:
         raise ValueError(f"scheduler: cannot drive {name}; expected a flow-matching or a beta-schedule scheduler")
     made.settings = settings

@@ -27,6 +27,7 @@ from .maps import MapSource
 from .policy import LORA_TARGETS, DiffusersPolicy
 from .prompts import prompt_batch, read_prompts
 from .psm import PerceptualStructuring, map_statistics
+from .psm.latent_grid import frame_groups
 from .rewards import Reward, load_reward, score
 from .runlog import RunLog, check_output, write_summary
 from .types import PromptBatch, Trajectory, require_finite
@@ -350,27 +351,6 @@ class _Clock:
         return {**self.times, "seconds": round(time.perf_counter() - self.started, 4)}
 
 
-def frame_groups(frames: int, latent_frames: int) -> tuple[int, bool]:
-    """Read off F and T how a VAE groups pixel frames: (c, whether the first frame has a latent frame to itself).
-
-    F = 1 + (T - 1) c with the first frame alone, F = T c without. Known VAEs have c = 1 or an even c, so that an odd F
-    is the one and an even F the other.
-
-    Raises:
-        ValueError: no c gives F frames from T latent frames.
-    """
-    if frames == latent_frames:
-        return 1, True
-    alone = frames % 2 == 1 and latent_frames > 1
-    groups, grouped = (latent_frames - 1, frames - 1) if alone else (latent_frames, frames)
-    if grouped % groups:
-        raise ValueError(
-            f"{frames} frames of {latent_frames} latent frames: neither F = 1 + (T - 1) c nor F = T c with an even c; "
-            "this VAE's grouping of frames is not known"
-        )
-    return grouped // groups, alone
-
-
 def make_policy(config: Config) -> DiffusersPolicy:
     """Build the policy of a config."""
     model = config.model
@@ -380,11 +360,13 @@ def make_policy(config: Config) -> DiffusersPolicy:
         init_lora_weights="gaussian",
         target_modules=model.lora_targets or LORA_TARGETS,
     )
+    train = lora if model.train == "lora" else "full"
     return DiffusersPolicy(
         model.path,
         kernel=config.sampling.kernel,
         eta=config.sampling.eta,
-        train=lora if model.train == "lora" else "full",
+        shift=config.sampling.shift,
+        train=train if model.denoisers is None else dict.fromkeys(model.denoisers, train),
         dtype=getattr(torch, model.dtype),
         autocast=getattr(torch, model.autocast) if model.autocast else None,
         device=model.device,

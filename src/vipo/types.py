@@ -105,7 +105,8 @@ class StepRecord:
     Attributes:
         latents: x_k, what the denoiser saw.
         next_latents: x_{k+1}, the sampled value after the cast to the dtype the denoiser will see.
-        log_probs: float32 log-density of `next_latents` per element, nats; None where the step is deterministic.
+        log_probs: float32 log-density of `next_latents` per element, nats; None where the step is
+            deterministic, or no trained denoiser ran.
         reference_mean: float32 mean of the same step under the reference weights, where it was asked for.
     """
 
@@ -124,7 +125,7 @@ class Trajectory:
         seeds: N noise seeds.
         call: keyword arguments of the pipeline's call, without prompts and generators.
         steps: K records.
-        encoded: outputs of the pipeline's `encode_prompt`, in the order of its calls.
+        encoded: outputs of what the pipeline encodes its prompts and pictures with, in the order of its calls.
         prepared: output of the pipeline's `prepare_latents`: the latents, in a tuple with whatever else it returns.
         layout: (C*T*H*W,) positions of the latent grid's elements in one flattened sample of the pipeline's own layout.
         latent_shape: (C, T, H, W).

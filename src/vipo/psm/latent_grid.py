@@ -51,6 +51,27 @@ def check_frames(frames: int, latent_frames: int, temporal_compression: int, fir
         )
 
 
+def frame_groups(frames: int, latent_frames: int) -> tuple[int, bool]:
+    """Read off F and T how a VAE groups pixel frames: (c, whether the first frame has a latent frame to itself).
+
+    F = 1 + (T - 1) c with the first frame alone, F = T c without. Known VAEs have c = 1 or an even c, so that an odd F
+    is the one and an even F the other.
+
+    Raises:
+        ValueError: no c gives F frames from T latent frames.
+    """
+    if frames == latent_frames:
+        return 1, True
+    alone = frames % 2 == 1 and latent_frames > 1
+    groups, grouped = (latent_frames - 1, frames - 1) if alone else (latent_frames, frames)
+    if grouped % groups:
+        raise ValueError(
+            f"{frames} frames of {latent_frames} latent frames: neither F = 1 + (T - 1) c nor F = T c with an even c; "
+            "this VAE's grouping of frames is not known"
+        )
+    return grouped // groups, alone
+
+
 def pool_time(
     maps: Tensor, latent_frames: int, temporal_compression: int = 1, *, first_frame_alone: bool = True
 ) -> Tensor:

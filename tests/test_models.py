@@ -1,0 +1,296 @@
+"""Every family of docs/models.md through the one DiffusersPolicy: replay, sampler, layout, gradients, saving."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    DDIMPipeline,
+    DDIMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    FluxImg2ImgPipeline,
+    LTXImageToVideoPipeline,
+    UNet2DModel,
+    WanImageToVideoPipeline,
+)
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
+from peft import LoraConfig
+from tiny_pipelines import MODELS, build
+
+from vipo.pipelines import check_replayable
+from vipo.policy import DiffusersPolicy, to_grid
+from vipo.psm.latent_grid import frame_groups
+from vipo.scheduler import Recording, SamplerSettings, Scoring, stochastic_scheduler
+from vipo.types import StepRecord
+
+PROMPTS, SEEDS, STEPS = ["a red cat", "two blue dogs"], [11, 12], 3
+VIDEO = {
+    "wan": 4,
+    "wan_i2v": 4,
+    "wan22_a14b": 4,
+    "wan22_5b": 4,
+    "hunyuan_video": 4,
+    "cogvideox": 4,
+    "cogvideox_i2v": 4,
+    "ltx": 8,
+    "mochi": 6,
+}
+UNREACHED = {"qwen_image": 0.8, "qwen_image_edit": 0.8, "hidream": 0.6}
+"""Share of the weights that gradients reach, where not all: a last text stream, experts that no token chose."""
+
+
+@pytest.fixture(autouse=True)
+def small_pictures(monkeypatch):
+    """Qwen-Image-Edit scales every condition to one megapixel."""
+    monkeypatch.setattr(pipeline_qwenimage_edit, "calculate_dimensions", lambda area, ratio: (64, 64, None))
+
+
+def make(name, pipeline=None, **options):
+    options = {"eta": 0.6, "device": "cpu", "train": "full", **options}
+    return DiffusersPolicy(pipeline or build(name), kernel=MODELS[name].kernel, **options)
+
+
+def rollout(policy, name, **more):
+    return policy.rollout(PROMPTS, seeds=SEEDS, num_inference_steps=STEPS, **{**MODELS[name].call, **more})
+
+
+def gradients(policy, traj, steps=None):
+    """Gradients of the mean log-prob by name, and the largest difference between replayed and recorded log-probs."""
+    drift = []
+
+    def on_step(k, log_probs, old_log_probs):
+        drift.append((log_probs - old_log_probs).abs().max().item())
+        (log_probs * to_grid(traj.steps[k].latents, traj)).mean().backward()
+
+    policy.replay(traj, steps=steps, on_step=on_step)
+    found = {key: p.grad for key, p in policy.trainable_parameters().items() if p.grad is not None}
+    for p in policy.trainable_parameters().values():
+        p.grad = None
+    return {key: grad for key, grad in found.items() if grad.abs().sum() > 0}, max(drift)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_replay_gradients_and_grid(name):
+    family = MODELS[name]
+    policy = make(name)
+    traj = rollout(policy, name)
+    assert traj.stochastic_steps == list(range(STEPS - 1))
+    assert traj.latent_shape[1:] == family.grid
+    frames = policy.decode(traj)
+    t = family.grid[0]
+    assert frames.shape[:3] == (2, 1 if t == 1 else 1 + (t - 1) * VIDEO[name], 3)
+    assert frame_groups(frames.shape[1], t) == (VIDEO.get(name, 1), True)
+    reached, drift = gradients(policy, traj)
+    assert drift == 0
+    assert len(reached) >= UNREACHED.get(name, 0.95) * len(policy.trainable_parameters())
+    assert gradients(policy, traj, [1])[1] == 0  # a step alone
+    if family.unguided:
+        free = rollout(policy, name, **family.unguided)
+        assert gradients(policy, free)[1] == 0
+        assert not torch.equal(free.steps[-1].next_latents, traj.steps[-1].next_latents)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_eta_zero_is_the_pipelines_own_sampler_and_decode_its_own_tail(name):
+    family = MODELS[name]
+    policy = make(name, eta=0.0)
+    pipeline = build(name)
+    for more in [{}, family.unguided] if family.unguided else [{}]:
+        call = {**family.call, **more}
+        decoded = policy.decode(rollout(policy, name, **more))
+        generated = policy.generate(PROMPTS, seeds=SEEDS, num_inference_steps=STEPS, **call)
+        if "negative_prompt" in call:  # these pipelines want one per prompt, and so one image where they encode both
+            call["negative_prompt"] = [call["negative_prompt"]] * 2
+        if name in ("qwen_image_edit", "cogvideox_i2v"):
+            call["image"] = [call["image"]] * 2
+        generators = [torch.Generator().manual_seed(seed) for seed in SEEDS]
+        theirs = pipeline(prompt=PROMPTS, generator=generators, num_inference_steps=STEPS, output_type="pt", **call)[0]
+        theirs = theirs if theirs.ndim == 5 else theirs[:, None]
+        torch.testing.assert_close(decoded, theirs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(generated, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if MODELS[name].lora])
+def test_adapter_with_checkpointing_has_the_gradients_of_the_adapter_without(name):
+    policy = make(name, train="lora")
+    traj = rollout(policy, name)
+    plain, drift = gradients(policy, traj)
+    assert drift == 0
+    assert plain and all("lora_B" in key for key in plain)  # lora_B starts at zero, so lora_A has no gradient yet
+    if name == "chroma":
+        with pytest.raises(ValueError, match="not with ChromaPipeline: diffusers 0.42 drops its attention mask there"):
+            policy.enable_gradient_checkpointing()
+        return
+    policy.enable_gradient_checkpointing()
+    again, drift = gradients(policy, traj)
+    assert drift == 0 and again.keys() == plain.keys()
+    for key, grad in plain.items():
+        torch.testing.assert_close(again[key], grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bfloat16_replays_exactly(name):
+    policy = make(name, build(name).to(torch.bfloat16), train="lora" if MODELS[name].lora else "none")
+    traj = rollout(policy, name)
+    drift = []
+    with torch.no_grad():
+        policy.replay(traj, on_step=lambda k, new, old: drift.append((new - old).abs().max().item()))
+    assert drift == [0.0] * (STEPS - 1)
+    assert policy.decode(traj).isfinite().all()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_saved_weights_give_the_same_picture_in_plain_diffusers(name, tmp_path):
+    family = MODELS[name]
+    adapter = LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, target_modules=["to_q", "to_v"])
+    policy = make(name, train=adapter if family.lora else "full")
+    with torch.no_grad():
+        for p in policy.trainable_parameters().values():
+            p.mul_(1.2)
+    call = {**family.call, **family.unguided, "num_inference_steps": 2}
+    trained = policy.generate(PROMPTS, seeds=SEEDS, **call)
+    policy.save(tmp_path)
+    plain = build(name) if family.lora else DiffusionPipeline.from_pretrained(tmp_path)
+    untrained = make(name, train="none").generate(PROMPTS, seeds=SEEDS, **call)
+    if family.lora:
+        plain.load_lora_weights(tmp_path)
+        if name == "wan22_a14b":
+            second = {"weight_name": "transformer_2_lora_weights.safetensors", "load_into_transformer_2": True}
+            plain.load_lora_weights(tmp_path, adapter_name="second", **second)
+    same = make(name, plain, train="none").generate(PROMPTS, seeds=SEEDS, **call)
+    torch.testing.assert_close(same, trained, rtol=0, atol=1e-5)
+    assert (untrained - trained).abs().max() > 1e-4
+
+
+def test_of_two_experts_both_or_one_are_trained(tmp_path):
+    """The first expert has the steps above the boundary (0.875 of 1000), the second the others."""
+    policy = make("wan22_a14b")
+    policy.keep_reference()
+    traj = rollout(policy, "wan22_a14b")
+    reached = [{key.split(".")[0] for key in gradients(policy, traj, [k])[0]} for k in range(STEPS - 1)]
+    assert reached == [{"transformer"}, {"transformer_2"}]
+    with torch.no_grad():
+        for p in policy.trainable_parameters().values():
+            p.add_(0.01)
+    kls = {}
+    policy.add_reference(traj)
+    policy.replay(traj, with_kl=True, on_step=lambda k, new, old, kl: kls.update({k: kl.mean().item()}))
+    assert kls.keys() == {0, 1} and min(kls.values()) > 0
+    policy.save(tmp_path)
+    saved = policy.saved_weights(tmp_path)
+    assert all(torch.equal(saved[key], p) for key, p in policy.trainable_parameters().items())
+
+    policy = make("wan22_a14b", train={"transformer_2": "lora"})
+    assert (policy.denoiser_name, list(policy.denoisers)) == ("transformer_2", ["transformer_2"])
+    assert all(key.startswith("transformer_2.") for key in policy.trainable_parameters())
+    traj = rollout(policy, "wan22_a14b")
+    assert traj.stochastic_steps == [1]  # the noise of the first expert's step is not trained
+    assert gradients(policy, traj)[0]
+    with pytest.raises(ValueError, match="train: expected names out of transformer, transformer_2, got unet"):
+        make("wan22_a14b", train={"unet": "lora"})
+    with pytest.raises(ValueError, match="an adapter for every trained denoiser or all weights of each, not both"):
+        make("wan22_a14b", train={"transformer": "lora", "transformer_2": "full"})
+
+
+def scheduled(original, kernel, steps):
+    """Our scheduler in the place of another, with the schedule of a call."""
+    scheduler = stochastic_scheduler(original, SamplerSettings(kernel, 0.5))
+    scheduler.transition = Scoring([], range(steps), lambda k, gaussian: None)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+def test_a_multistep_flow_solver_keeps_its_schedule():
+    original = build("wan22_5b").scheduler
+    ours = scheduled(original, "flow_grpo", 6)
+    assert original.num_inference_steps is None  # the pipeline's own is not touched
+    original.set_timesteps(6)
+    assert torch.equal(ours.sigmas, original.sigmas) and torch.equal(ours.timesteps, original.timesteps)
+
+
+def test_diffusion_schedules_keep_their_noise_levels():
+    cogvideox = build("cogvideox").scheduler
+    assert torch.equal(scheduled(cogvideox, "ddim", 5).alphas_cumprod, cogvideox.alphas_cumprod)
+    plain = DDIMScheduler.from_config(cogvideox.config)
+    assert not torch.allclose(cogvideox.alphas_cumprod.float(), plain.alphas_cumprod)
+    ours = scheduled(DPMSolverMultistepScheduler(), "ddim", 5)
+    assert ours.timesteps.tolist() == [999, 799, 599, 399, 199]
+    levels = ours._levels
+    assert all(after == before for (_, after), (before, _) in zip(levels, levels[1:], strict=False))
+
+
+def test_what_cannot_be_driven_is_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"train: diffusers has no LoRA here \(PixArtTransformer2DModel: add_adapter"):
+        make("pixart_sigma", train="lora")
+    with pytest.raises(ValueError, match="cfg_trunc_ratio=0.25 makes a step of Lumina2Pipeline depend on its place"):
+        rollout(make("lumina2"), "lumina2", cfg_trunc_ratio=0.25)
+    with pytest.raises(ValueError, match="WanPipeline takes no keyword 'image'"):
+        rollout(make("wan"), "wan", image=None)
+
+    image = MODELS["wan_i2v"].call["image"]
+    parts = {**build("wan22_5b").components, "image_encoder": None, "image_processor": None}
+    policy = DiffusersPolicy(WanImageToVideoPipeline(**parts, expand_timesteps=True), train="none", device="cpu")
+    with pytest.raises(ValueError, match="does not hand its latents to the VAE as a permutation"):
+        rollout(policy, "wan22_5b", image=image)
+
+    refusal = "cannot drive LTXImageToVideoPipeline: it steps only the frames after the first"
+    with pytest.raises(ValueError, match=refusal):
+        DiffusersPolicy(LTXImageToVideoPipeline(**build("ltx").components), train="none", device="cpu")
+    with pytest.raises(ValueError, match="cannot drive FluxImg2ImgPipeline: it starts in the middle of its schedule"):
+        DiffusersPolicy(FluxImg2ImgPipeline(**build("flux").components), train="none", device="cpu")
+    with pytest.raises(ValueError, match="StableDiffusionXLPipeline leaves out 1 steps of its schedule"):
+        rollout(make("sdxl"), "sdxl", denoising_end=0.7)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    pixels = DDIMPipeline(unet=UNet2DModel(8, block_out_channels=(32,), **blocks), scheduler=DDIMScheduler())
+    with pytest.raises(ValueError, match="DDIMPipeline has no transformer or unet, or no vae: cannot drive it"):
+        DiffusersPolicy(pixels, kernel="ddim", device="cpu")
+
+
+def test_a_pipeline_that_changes_latents_between_steps_is_refused():
+    pipeline, (a, b, c) = build("sd3"), torch.randn(3, 2, 4)
+    check_replayable(pipeline, [(a, None)], [StepRecord(a, b, None), StepRecord(b, c, None)])
+    with pytest.raises(
+        ValueError, match="StableDiffusion3Pipeline changes the latents before step 1: cannot replay it"
+    ):
+        check_replayable(pipeline, [(a, None)], [StepRecord(a, b, None), StepRecord(c, b, None)])
+    with pytest.raises(ValueError, match="does not call prepare_latents once and scheduler.step"):
+        check_replayable(pipeline, [], [StepRecord(a, b, None)])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_table_in_the_docs_has_every_family(name):
+    table = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
+    assert f"| {name} | {type(build(name)).__name__} |" in table
+
+
+@pytest.mark.parametrize("name", ["sd3", "wan_i2v", "flux_kontext", "qwen_image_edit", "flux2_edit"])
+def test_a_replay_encodes_nothing_again(name):
+    policy = make(name, train="none")
+    traj = rollout(policy, name)
+    encoded = []
+    parts = [part for key, part in policy.pipeline.components.items() if "_encoder" in key and part is not None]
+    for part in [*parts, policy.pipeline.vae.encoder]:
+        part.register_forward_hook(lambda *a: encoded.append(type(a[0]).__name__))
+    policy.replay(traj, on_step=lambda *a: None)
+    policy.decode(traj)
+    assert encoded == []
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "wan", "sana"])
+def test_a_shift_of_ones_own_replaces_the_pipelines(name):
+    """sigma <- 7 sigma / (1 + 6 sigma) of equally spaced levels, whatever shift the folder or the size asks for."""
+    policy = make(name, shift=7.0)
+    scheduler = stochastic_scheduler(policy.pipeline.scheduler, policy.settings)
+    scheduler.transition = Recording(SEEDS)
+    levels = torch.linspace(1, 1 / STEPS, STEPS)
+    scheduler.set_timesteps(sigmas=levels.tolist())
+    torch.testing.assert_close(scheduler.sigmas[:-1], 7 * levels / (1 + 6 * levels))
+    own = make(name)
+    assert not torch.equal(rollout(policy, name).steps[-1].latents, rollout(own, name).steps[-1].latents)
+    assert gradients(policy, rollout(policy, name))[1] == 0
+
+
+def test_a_shift_needs_a_flow():
+    with pytest.raises(ValueError, match="shift: .* is a diffusion scheduler, which has none"):
+        make("sd15", shift=3.0)
