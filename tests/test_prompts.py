@@ -97,6 +97,7 @@ def test_json_lines_carry_the_keywords_of_each_prompt(tmp_path):
         ({"prompt": " "}, 'expected {"prompt"'),
         ({"prompt": "a", "image": "gone.png"}, "line 2: image: .*gone.png: no such file"),
         ({"prompt": "a", "image": 3}, "image: expected a file name or a list"),
+        ({"prompt": "a", "num_inference_steps": 4}, "line 2: num_inference_steps is set by the run"),
         ({"prompt": "a", "images": []}, "images: expected a file name or a list"),
         ({"prompt": "a", "image": "a.png", "images": ["a.png"]}, "the same keyword"),
     ],

@@ -14,12 +14,12 @@ from typing import Any, Literal
 from . import __version__
 
 DESCRIPTION = """\
-Post-train image generators with pixel-level advantages (ViPO, arXiv 2511.18719).
+Post-train image and video generators with pixel-level advantages (ViPO, arXiv 2511.18719).
 
   vipo demo                        post-train the embedded pipeline by GRPO and by ViPO, and compare (minutes, no GPU)
   vipo check CONFIG.yaml           try every part of a run in seconds, before the run
   vipo maps INPUT... -o OUT        see and measure the allocation maps of your own pictures and clips
-  vipo train CONFIG.yaml           train any diffusers text-to-image pipeline
+  vipo train CONFIG.yaml           train any diffusers pipeline, images or video
   vipo report RUN                  write a run directory's report.html again
 """
 

@@ -14,6 +14,7 @@ from .nano import ASSETS
 from .types import Prompt, PromptBatch
 
 _SEED_RANGE = 2**31 - 1
+_RESERVED = ("num_inference_steps", "generator", "latents", "output_type", "num_images_per_prompt")
 
 
 def read_prompts(path: str) -> list[Prompt]:
@@ -56,6 +57,9 @@ def _entry(file: Path, number: int, line: str) -> Prompt:
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         raise ValueError(f'{place}: expected {{"prompt": "...", further keywords}}, got {line[:80]}')
     call = {key: value for key, value in entry.items() if key != "prompt"}
+    reserved = [key for key in _RESERVED if key in call]
+    if reserved:
+        raise ValueError(f"{place}: {reserved[0]} is set by the run, not by a prompt; leave it out")
     if "image" in call and "images" in call:
         raise ValueError(f"{place}: image and images are the same keyword of the pipeline; give one of them")
     loaded = {}
