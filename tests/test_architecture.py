@@ -9,7 +9,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "vipo"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     {"types", "files", "windows", "nano"},
-    {"kernels", "advantages", "losses", "psm", "config", "prompts", "loading", "media"},
+    {"kernels", "advantages", "losses", "psm", "config", "prompts", "loading", "media", "offload", "trainable"},
     {"scheduler", "pipelines", "rewards", "maps", "pictures"},
     {"policy"},
     {"checkpoint", "runlog", "evaluation", "report"},

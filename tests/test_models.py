@@ -18,7 +18,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from peft import LoraConfig
 from tiny_pipelines import MODELS, build
 
-from vipo.pipelines import check_replayable
+from vipo.pipelines import check_replayable, compile_blocks, enable_vae
 from vipo.policy import DiffusersPolicy, to_grid
 from vipo.psm.latent_grid import frame_groups
 from vipo.scheduler import Recording, SamplerSettings, Scoring, stochastic_scheduler
@@ -88,7 +88,7 @@ def test_replay_gradients_and_grid(name):
     if family.unguided:
         free = rollout(policy, name, **family.unguided)
         assert gradients(policy, free)[1] == 0
-        assert not torch.equal(free.steps[-1].next_latents, traj.steps[-1].next_latents)
+        assert not torch.equal(free.final, traj.final)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -196,7 +196,7 @@ def test_of_two_experts_both_or_one_are_trained(tmp_path):
 def scheduled(original, kernel, steps):
     """Our scheduler in the place of another, with the schedule of a call."""
     scheduler = stochastic_scheduler(original, SamplerSettings(kernel, 0.5))
-    scheduler.transition = Scoring([], range(steps), lambda k, gaussian: None)
+    scheduler.transition = Scoring({}, range(steps), lambda k, gaussian: None)
     scheduler.set_timesteps(steps)
     return scheduler
 
@@ -249,13 +249,13 @@ def test_what_cannot_be_driven_is_refused_in_one_line():
 
 def test_a_pipeline_that_changes_latents_between_steps_is_refused():
     pipeline, (a, b, c) = build("sd3"), torch.randn(3, 2, 4)
-    check_replayable(pipeline, [(a, None)], [StepRecord(a, b, None), StepRecord(b, c, None)])
+    check_replayable(pipeline, [(a, None)], {0: StepRecord(a, b, None), 1: StepRecord(b, c, None)})
     with pytest.raises(
         ValueError, match="StableDiffusion3Pipeline changes the latents before step 1: cannot replay it"
     ):
-        check_replayable(pipeline, [(a, None)], [StepRecord(a, b, None), StepRecord(c, b, None)])
+        check_replayable(pipeline, [(a, None)], {0: StepRecord(a, b, None), 1: StepRecord(c, b, None)})
     with pytest.raises(ValueError, match="does not call prepare_latents once and scheduler.step"):
-        check_replayable(pipeline, [], [StepRecord(a, b, None)])
+        check_replayable(pipeline, [], {0: StepRecord(a, b, None)})
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -294,3 +294,117 @@ def test_a_shift_of_ones_own_replaces_the_pipelines(name):
 def test_a_shift_needs_a_flow():
     with pytest.raises(ValueError, match="shift: .* is a diffusion scheduler, which has none"):
         make("sd15", shift=3.0)
+
+
+PREFIXED = ["sd15", "flux_kontext", "qwen_image_edit", "wan_i2v", "wan22_a14b", "hunyuan_video", "cogvideox", "mochi"]
+
+
+@pytest.mark.parametrize("name", PREFIXED)
+def test_steps_before_the_first_stochastic_one_are_computed_once_per_group(name):
+    policy = make(name, stochastic_steps=[1])
+    call = {**MODELS[name].call, "num_inference_steps": STEPS}
+    start = {"seeds": [1, 2, 3, 4], "initial_seeds": [7, 7, 7, 8]}
+    samples = []
+    denoiser = next(iter(policy.denoisers.values()))
+    hook = denoiser.register_forward_pre_hook(
+        lambda module, a, k: samples.append(len(k.get("hidden_states", a[0] if a else k.get("sample")))),
+        with_kwargs=True,
+    )
+    shared = policy.rollout(["a red cat"] * 3 + ["two dogs"], **start, **call)
+    seen = list(samples)
+    apart = policy.rollout(["a red cat"] * 3 + ["two dogs"], **start, **call, share_prefix=False)
+    assert sum(seen) < sum(samples[len(seen) :])
+    assert list(shared.steps) == list(apart.steps) == [0, 1, 2]
+    for k in range(STEPS):  # a batch of two rounds otherwise than a batch of four
+        torch.testing.assert_close(shared.steps[k].latents, apart.steps[k].latents, rtol=1e-3, atol=2e-4)
+    torch.testing.assert_close(policy.decode(shared), policy.decode(apart), rtol=0, atol=1e-3)
+    assert gradients(policy, shared)[1] == 0
+    hook.remove()
+
+
+APART = {
+    "wan": {},
+    "qwen_image": {},
+    "lumina2": {},
+    "chroma": {},
+    "flux2_klein": {},
+    "wan22_a14b": {},
+    "hunyuan_video": {"true_cfg_scale": 3.0, "negative_prompt": "blurred"},
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_a_frozen_unconditional_branch_has_no_gradient(name):
+    """The gradient is that of denoisers whose outputs, but for the first of each step, are detached by hand."""
+    policy = make(name, unconditional="frozen")
+    traj = rollout(policy, name, **APART[name])
+    frozen, drift = gradients(policy, traj)
+    assert drift == 0
+    policy.unconditional = "trained"
+    both, _ = gradients(policy, traj)
+    calls = []
+
+    def detach(module, inputs, output):
+        calls.append(1)
+        if len(calls) % 2 == 0:
+            return (output[0].detach(),) if isinstance(output, tuple) else type(output)(output[0].detach())
+        return None
+
+    hooks = [denoiser.register_forward_hook(detach) for denoiser in policy.denoisers.values()]
+    expected, _ = gradients(policy, traj)
+    for hook in hooks:
+        hook.remove()
+    assert frozen.keys() == expected.keys()
+    for key, grad in expected.items():
+        torch.testing.assert_close(frozen[key], grad, rtol=1e-4, atol=1e-8)
+    assert any(not torch.allclose(both[key], frozen[key], rtol=1e-2) for key in frozen)
+
+
+def test_without_a_branch_of_its_own_nothing_can_be_frozen():
+    for name, call in (("sd3", {}), ("wan", MODELS["wan"].unguided)):
+        with pytest.raises(ValueError, match="calls its denoiser once per step .*no branch to freeze; use trained"):
+            rollout(make(name, unconditional="frozen"), name, **call)
+
+
+OFFLOADED = ["sd15", "flux2_klein_edit", "wan_i2v", "hunyuan_video"]
+
+
+@pytest.mark.parametrize("name", OFFLOADED)
+@pytest.mark.parametrize("mode", ["idle", "sequential"])
+def test_offloaded_encoders_and_vae_give_the_same_samples(name, mode, tmp_path):
+    plain, policy = make(name), make(name, offload=mode)
+    assert all(hasattr(part, "_hf_hook") for part in policy.idle.parts.values())
+    assert not set(policy.idle.parts) & {"unet", "transformer"} and "vae" in policy.idle.parts
+    if mode == "sequential":
+        assert {p.device.type for p in policy.idle.parts["vae"].parameters()} == {"meta"}
+    a, b = rollout(plain, name), rollout(policy, name)
+    assert torch.equal(a.final, b.final)
+    assert torch.equal(plain.decode(a), policy.decode(b))
+    assert gradients(policy, b)[1] == 0
+    policy.save(tmp_path)
+    again = make(name, DiffusionPipeline.from_pretrained(tmp_path))
+    torch.testing.assert_close(rollout(again, name).final, b.final, rtol=0, atol=1e-5)
+    assert torch.equal(rollout(policy, name).final, b.final)  # saving has left the hooks as they were
+
+
+def test_the_vae_may_work_in_tiles_and_slices():
+    plain, policy = make("wan"), make("wan")
+    traj = rollout(policy, "wan")
+    enable_vae(policy.pipeline, tiling=True, slicing=True)
+    assert policy.pipeline.vae.use_tiling and policy.pipeline.vae.use_slicing
+    torch.testing.assert_close(policy.decode(traj), plain.decode(traj), rtol=0, atol=1e-4)  # smaller than a tile
+    policy.pipeline.vae = torch.nn.Identity()
+    with pytest.raises(ValueError, match="vae: Identity has no enable_slicing; leave it off"):
+        enable_vae(policy.pipeline, tiling=False, slicing=True)
+
+
+@pytest.mark.parametrize("name", ["flux", "wan"])
+def test_compiled_blocks_are_called_and_replay_exactly(name):
+    """The backend "eager" runs what the compiler has traced, so nothing but the tracing is new."""
+    policy = make(name, train="lora")
+    compile_blocks(policy.denoisers, backend="eager")
+    traj = rollout(policy, name)
+    assert gradients(policy, traj)[1] == 0
+    assert any(module._compiled_call_impl for module in policy.denoiser.modules())
+    with pytest.raises(ValueError, match="compile: SD3Transformer2DModel names no repeated blocks; leave it off"):
+        compile_blocks({"transformer": build("sd3").transformer})

@@ -98,7 +98,7 @@ def test_layout_puts_packed_latents_where_the_vae_reads_them(name):
     traj = rollout(policy, name)
     c, t, h, w = traj.latent_shape
     assert (t, h, w) == (1, 8, 6)
-    packed = traj.steps[-1].next_latents
+    packed = traj.final
     assert torch.equal(traj.layout.sort().values, torch.arange(packed[0].numel()))
     caught = []
     decode = policy.pipeline.vae.decode
@@ -131,10 +131,10 @@ def test_recorded_log_probs_are_those_of_the_recorded_values():
 def test_a_sample_depends_on_its_own_seed_only(name):
     policy = make(name)
     both, alone = rollout(policy, name), rollout(policy, name, PROMPTS[1:], SEEDS[1:])
-    for a, b in zip(both.steps, alone.steps, strict=True):
+    for a, b in zip(both.steps.values(), alone.steps.values(), strict=True):
         torch.testing.assert_close(a.next_latents[1:], b.next_latents, rtol=1e-3, atol=1e-3)
     again = rollout(policy, name)
-    assert torch.equal(again.steps[-1].next_latents, both.steps[-1].next_latents)
+    assert torch.equal(again.final, both.final)
 
 
 def test_equal_initial_seeds_give_equal_noise_and_different_samples():
@@ -293,7 +293,7 @@ def test_policy_learns_a_toy_reward():
             ["a cat"] * 8, seeds=seeds, initial_seeds=[0] * 8, num_inference_steps=4, height=32, width=32,
             guidance_scale=1.0, max_sequence_length=8,
         )  # fmt: skip
-        rewards = traj.steps[-1].next_latents.mean((1, 2, 3))
+        rewards = traj.final.mean((1, 2, 3))
         means.append(rewards.mean().item())
         advantages = pixel_advantages(group_advantages(rewards, 8), torch.ones(8, *traj.latent_shape[1:]))
         optimizer.zero_grad()

@@ -12,6 +12,7 @@ from vipo.checkpoint import list_checkpoints
 from vipo.prompts import prompt_batch
 from vipo.psm import BackboneError
 from vipo.runlog import read_metrics
+from vipo.trainer import make_policy
 
 CALL = {"max_sequence_length": 8}
 
@@ -196,12 +197,31 @@ def test_ones_at_position_level_is_scalar_grpo_on_policy(tmp_path):
 
 def test_several_updates_split_the_steps_and_leave_the_policy(tmp_path):
     trainer = make(tmp_path, optimizer={"updates_per_rollout": 3, "learning_rate": 3e-2})
-    traj = trainer._rollout(prompt_batch(trainer.prompts, 0, per_iteration=1, group_size=3, seed=0), 0)[0]
-    steps = trainer._choose_steps(traj, 0)
-    assert sorted(sum(steps, [])) == [0, 1, 2] and len(steps) == 3
+    decoded, plan = trainer._rollout(prompt_batch(trainer.prompts, 0, per_iteration=1, group_size=3, seed=0), 0)
+    assert sorted(sum(plan, [])) == [0, 1, 2] and len(plan) == 3
+    assert list(decoded[0][0].steps) == [0, 1, 2]  # of the six: what is not trained is not kept
     metrics = trainer.step(0)
     assert metrics["ratio_max"] > 1.001  # the second and third update are off-policy
     assert metrics["approx_kl"] > 0
+
+
+def test_what_saves_memory_changes_nothing(tmp_path):
+    """Offloaded, stored on the CPU, decoded in slices: the same numbers, bit for bit."""
+    plain = make(tmp_path, loss={"kl_beta": 0.1})
+    saving = make(tmp_path, loss={"kl_beta": 0.1}, model={"offload": "idle"}, sampling={"store_on_cpu": True})
+    for iteration in range(2):
+        assert numbers(saving.step(iteration)) == numbers(plain.step(iteration))
+    assert torch.equal(weights(saving), weights(plain))
+
+
+def test_a_config_sets_the_pipelines_options(tmp_path):
+    folder = tmp_path / "sd3"
+    build("sd3").save_pretrained(folder)
+    model = {"path": str(folder), "offload": "sequential", "vae_slicing": True, "vae_tiling": True, "device": "cpu"}
+    config = Config.from_mapping({"model": model, "sampling": {"kernel": "flow_grpo", "unconditional": "frozen"}})
+    policy = make_policy(config)
+    assert (policy.idle.mode, policy.unconditional) == ("sequential", "frozen")
+    assert policy.pipeline.vae.use_slicing and policy.pipeline.vae.use_tiling
 
 
 def test_kl_is_logged_and_pulls_back(tmp_path):
@@ -252,7 +272,7 @@ def test_a_window_trains_its_steps_only(tmp_path):
     )
     for iteration, expected in enumerate([[0, 1], [1, 2], [2, 3], [3, 4], [0, 1]]):
         batch = prompt_batch(trainer.prompts, 0, per_iteration=1, group_size=3, seed=0)
-        traj = trainer._rollout(batch, iteration)[0]
+        traj = trainer._rollout(batch, iteration)[0][0][0]
         assert traj.stochastic_steps == expected
     assert trainer.step(1)["grad_norm"] > 0
 
@@ -263,7 +283,7 @@ def test_prompts_with_their_own_sizes_and_keywords(tmp_path):
     path.write_text("\n".join(json.dumps(entry) for entry in entries))
     trainer = make(tmp_path, prompts={"path": str(path), "per_iteration": 3})
     batch = prompt_batch(trainer.prompts, 0, per_iteration=3, group_size=3, seed=0)
-    trajectories = trainer._rollout(batch, 0)
+    trajectories = [traj for traj, _ in trainer._rollout(batch, 0)[0]]
     assert [set(traj.prompts) for traj in trajectories] == [{text} for text in dict.fromkeys(batch.prompts)]
     heights = {traj.prompts[0]: traj.latent_shape[2] for traj in trajectories}
     assert heights["a cat"] * 2 == heights["a dog"] * 3

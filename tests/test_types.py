@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vipo.types import check_shape, require_finite
+from vipo.types import StepRecord, Trajectory, check_shape, require_finite
 
 
 def test_binds_letters_and_checks_integers():
@@ -31,3 +31,16 @@ def test_require_finite_names_the_first_bad_element():
     bad[1, 0] = float("nan")
     with pytest.raises(FloatingPointError, match=r"x is not finite: first bad element at index \[1, 0\]"):
         require_finite("x", bad)
+
+
+def test_a_trajectory_moves_with_all_it_holds_and_forgets_steps():
+    steps = {k: StepRecord(torch.full((2, 1), float(k)), torch.zeros(2, 1), None) for k in range(3)}
+    traj = Trajectory(["a", "b"], [1, 2], {"k": 1}, steps, torch.ones(2), [(torch.ones(1), None)], {"x": torch.ones(1)},
+                      torch.empty(0), (1, 1, 1, 1))  # fmt: skip
+    traj.keep([0, 2])
+    assert list(traj.steps) == [0, 2]
+    assert traj.steps[2].take(torch.tensor([1])).latents.tolist() == [[2.0]]
+    moved = traj.to("meta")
+    held = [moved.final, moved.encoded[0][0], moved.prepared["x"], moved.steps[2].next_latents, moved.layout]
+    assert {tensor.device.type for tensor in held} == {"meta"}
+    assert moved.encoded[0][1] is None and moved.prompts == ["a", "b"] and traj.final.device.type == "cpu"

@@ -68,6 +68,14 @@ class ModelConfig(Section):
     """Autocast around the pipeline's networks, in rollout and replay alike; null for none."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    offload: Literal["none", "idle", "sequential"] = "none"
+    """Encoders, VAE, map backbone and reward wait on the CPU while idle; sequential moves encoders layer by layer."""
+    vae_tiling: bool = False
+    """Decode in tiles, of clips also in time where the VAE can: less memory, seams are blended."""
+    vae_slicing: bool = False
+    """Decode one sample at a time: less memory."""
+    compile: bool = False
+    """Compile the denoiser's repeated blocks; the first calls take minutes."""
     device: str | None = None
     """Torch device; null for cuda where there is one, else cpu."""
 
@@ -85,6 +93,8 @@ class SamplingConfig(Section):
     """Shift of a flow schedule towards noise; null for the pipeline's own. The ViPO paper: 3 (FLUX), 8 (Wan)."""
     guidance_scale: float | None = 1.0
     """Passed to the pipeline's call; null for the pipeline's own default. The ViPO paper: 3.5 (FLUX), 5 (Wan)."""
+    unconditional: Literal["trained", "frozen"] = "trained"
+    """frozen: no gradient through guidance's unconditional branch, where a pipeline computes it apart; less memory."""
     height: Positive | None = None
     """Pixels; null for the pipeline's default."""
     width: Positive | None = None
@@ -105,6 +115,8 @@ class SamplingConfig(Section):
     """Start all samples of a group from the same noise, as the ViPO paper does."""
     micro_batch: Positive | None = None
     """Samples per rollout and replay call; null for all samples of an iteration at once. Lower it to save memory."""
+    store_on_cpu: bool = False
+    """Keep the latents and log-probs of the trained steps on the CPU between rollout and update."""
 
     @property
     def reach(self) -> tuple[int, int]:

@@ -75,6 +75,11 @@ class MapSource:
         """Whether the maps are the same for every sample, so that nothing has to be looked at."""
         return self.control in CONTENT_FREE
 
+    @property
+    def backbone(self) -> Any:
+        """The PSM's backbone, or None."""
+        return self.psm.backbone if self.psm else None
+
     def check(self, prompts: Sequence[str]) -> None:
         """Raise ValueError now for a prompt that the source will not know."""
         if isinstance(self.frame_maps, MaskFile):

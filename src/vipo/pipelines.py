@@ -5,8 +5,9 @@ docs/models.md lists the families tried and the results.
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,21 +109,28 @@ def conditioning(pipeline: DiffusionPipeline) -> list[str]:
     return [name for name in CONDITIONING if name in dir(pipeline)]
 
 
-def remember(function: Callable[..., Any], outputs: list[Any]) -> Callable[..., Any]:
-    """Wrap a function so that its outputs are kept, in the order of its calls."""
+def remember(
+    function: Callable[..., Any], outputs: list[Any], change: Callable[[Any], Any] = lambda output: output
+) -> Callable[..., Any]:
+    """Wrap a function so that its outputs, after `change`, are kept, in the order of its calls."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        outputs.append(function(*args, **kwargs))
+        outputs.append(change(function(*args, **kwargs)))
         return outputs[-1]
 
     return call
 
 
+def with_latents(prepared: Any, latents: Tensor) -> Any:
+    """Put other latents into what `prepare_latents` returned, in its dtype: Mochi steps in float32."""
+    latents = latents.to(_latents_of(prepared).dtype)
+    return (latents, *prepared[1:]) if isinstance(prepared, tuple) else latents
+
+
 def recorded(pipeline: DiffusionPipeline, encoded: list[Any], prepared: Any, latents: Tensor) -> dict[str, Any]:
     """Return stand-ins for a pipeline's methods that give recorded conditioning, in order, and recorded latents."""
     queue = iter(encoded)
-    latents = latents.to(_latents_of(prepared).dtype)  # Mochi steps in float32 between bfloat16 networks
-    ready = (latents, *prepared[1:]) if isinstance(prepared, tuple) else latents
+    ready = with_latents(prepared, latents)
     stand_ins: dict[str, Any] = {name: lambda *a, **k: next(queue) for name in conditioning(pipeline)}
     return {**stand_ins, "prepare_latents": lambda *a, **k: ready}
 
@@ -133,16 +141,54 @@ def _latents_of(prepared: Any) -> Tensor:
     return latents
 
 
-def check_replayable(pipeline: DiffusionPipeline, prepared: list[Any], steps: list[StepRecord]) -> None:
+def check_replayable(pipeline: DiffusionPipeline, prepared: list[Any], steps: Mapping[int, StepRecord]) -> None:
     """Raise ValueError if a recorded call did not hand the latents of `prepare_latents` on from step to step."""
     name = type(pipeline).__name__
     if len(prepared) != 1 or not steps:
         raise ValueError(f"pipeline: {name} does not call prepare_latents once and scheduler.step: cannot replay it")
     first = _latents_of(prepared[0])
-    for k, (before, record) in enumerate(zip([first, *(step.next_latents for step in steps)], steps, strict=False)):
+    before = first
+    for k, record in steps.items():
         now = record.latents
         if before.shape != now.shape or not torch.equal(before.to(first.dtype), now.to(first.dtype)):
             raise ValueError(f"pipeline: {name} changes the latents before step {k}: cannot replay it")
+        before = record.next_latents
+
+
+def gradient_of_first(forward: Callable[..., Any], calls: list[None]) -> Callable[..., Any]:
+    """Wrap a denoiser's forward so that of the calls of one step only the first, the conditional one, has gradients.
+
+    Every pipeline of diffusers that computes the branches of guidance apart computes the conditional one first.
+
+    Args:
+        forward: the denoiser's.
+        calls: filled here; emptied by the caller at every step.
+    """
+
+    @functools.wraps(forward)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and len(calls) == 1):
+            return forward(*args, **kwargs)
+
+    return call
+
+
+def enable_vae(pipeline: DiffusionPipeline, *, tiling: bool, slicing: bool) -> None:
+    """Decode in tiles (of space, and of time where the VAE can), or one sample at a time: less memory."""
+    for wanted, method in ((tiling, "enable_tiling"), (slicing, "enable_slicing")):
+        if wanted and method not in dir(pipeline.vae):
+            raise ValueError(f"vae: {type(pipeline.vae).__name__} has no {method}; leave it off")
+        if wanted:
+            getattr(pipeline.vae, method)()
+
+
+def compile_blocks(denoisers: Mapping[str, nn.Module], **options: Any) -> None:
+    """Compile the repeated blocks of denoisers; `options` are torch.compile's."""
+    for denoiser in denoisers.values():
+        if not getattr(denoiser, "_repeated_blocks", None):
+            raise ValueError(f"compile: {type(denoiser).__name__} names no repeated blocks; leave it off")
+        denoiser.compile_repeated_blocks(**options)  # type: ignore[operator]
 
 
 def probe_layout(reach: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Tensor, tuple[int, int, int, int]] | None:

@@ -8,31 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.training_utils import cast_training_params
-from peft import LoraConfig
 from torch import Tensor, nn
 
 from . import pipelines
 from .kernels import Gaussian, gaussian_log_prob
 from .loading import load_pipeline, save_lora, save_pipeline
 from .losses import reference_kl
+from .offload import IdleParts, Offload
 from .scheduler import Recording, SamplerSettings, Scoring, Transition, require_all_steps, stochastic_scheduler
+from .trainable import Training, prepare_training
 from .types import Trajectory
 
 OnStep = Callable[..., None]
-Training: TypeAlias = "Literal['lora', 'full', 'none'] | LoraConfig"
-LORA_TARGETS = [
-    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-    *("to_qkv_mlp_proj", "to_q_t", "to_k_t", "to_v_t"),  # FLUX.2's single-stream blocks; HiDream's text stream
-]
-"""Attention projections of diffusers' transformers and U-Nets; the names that a model lacks match nothing."""
 
 
 class _LatentsReached(Exception):
@@ -50,8 +45,11 @@ class DiffusersPolicy:
         shift: of a flow schedule towards noise; None for the pipeline's own.
         train: "lora" (rank 16), a peft LoraConfig, "full" for all weights of the denoiser, or "none". A pipeline with
             two denoisers (Wan 2.2 A14B) trains both so; {"transformer_2": "lora"} trains the named ones only.
+        unconditional: "frozen" lets no gradient through the unconditional branch of guidance, where the pipeline
+            computes it in a denoiser call of its own; "trained" is the gradient of what is sampled.
         dtype: of the frozen weights; trained weights stay float32.
         autocast: dtype of an autocast around the pipeline's networks; None for none.
+        offload: of encoders and VAE: "none", "idle" or "sequential", see `vipo.offload.IdleParts`.
         device: default: cuda where there is one, else cpu.
 
     Attributes:
@@ -72,8 +70,10 @@ class DiffusersPolicy:
         stochastic_steps: Sequence[int] | None = None,
         shift: float | None = None,
         train: Training | Mapping[str, Training] = "lora",
+        unconditional: Literal["trained", "frozen"] = "trained",
         dtype: torch.dtype | None = None,
         autocast: torch.dtype | None = None,
+        offload: Offload = "none",
         device: str | torch.device | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -84,45 +84,22 @@ class DiffusersPolicy:
             self.pipeline = pipeline
         else:
             self.pipeline, self.call_defaults = load_pipeline(pipeline, dtype)
-        self.pipeline.to(self.device)
         denoisers = pipelines.find_denoisers(self.pipeline)
-        plan = dict(train) if isinstance(train, Mapping) else dict.fromkeys(denoisers, train)
-        if not set(plan) <= set(denoisers):
-            raise ValueError(f"train: expected names out of {', '.join(denoisers)}, got {', '.join(plan)}")
         for component in self.pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.eval().requires_grad_(False)
-        self.autocast = autocast
+        self.idle = IdleParts(self.pipeline, denoisers, self.device, offload)
+        self.autocast, self.unconditional = autocast, unconditional
         self.settings = SamplerSettings(
             kernel, eta, None if stochastic_steps is None else tuple(stochastic_steps), shift
         )
         stochastic_scheduler(self.pipeline.scheduler, self.settings)  # refuse a wrong kernel now
-        kinds = {name: self._prepare_training(denoisers[name], kind) for name, kind in plan.items()}
-        if {"full", "lora"} <= set(kinds.values()):
-            raise ValueError("train: expected an adapter for every trained denoiser or all weights of each, not both")
-        self.lora = "lora" in kinds.values()
-        trained = {name: module for name, module in denoisers.items() if kinds.get(name, "none") != "none"}
+        trained, self.lora = prepare_training(self.pipeline, denoisers, train)
         self.denoisers: dict[str, nn.Module] = trained or denoisers
         self.denoiser_name, self.denoiser = next(iter(self.denoisers.items()))
         self._several = len(denoisers) > 1
         self._reference: dict[str, nn.Module] = {}
         self._layouts: dict[str, tuple[Tensor, tuple[int, int, int, int]]] = {}
-
-    def _prepare_training(self, denoiser: nn.Module, train: Training) -> Literal["lora", "full", "none"]:
-        """Attach the adapter or free the weights; return whether the trained weights are an adapter."""
-        if train == "full" or train == "none":
-            denoiser.requires_grad_(train == "full")
-        else:
-            if train == "lora":
-                train = LoraConfig(r=16, lora_alpha=32, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
-            if not isinstance(train, LoraConfig):
-                raise ValueError(f"train: expected lora, full, none or a peft LoraConfig, got {train!r}")
-            for owner, method in ((denoiser, "add_adapter"), (self.pipeline, "save_lora_weights")):
-                if method not in dir(owner):
-                    raise ValueError(f"train: diffusers has no LoRA here ({type(owner).__name__}: {method}); use full")
-            denoiser.add_adapter(train)  # type: ignore[operator]
-        cast_training_params(denoiser, dtype=torch.float32)
-        return "lora" if isinstance(train, LoraConfig) else train
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The trained weights by name; the component's name comes first where the pipeline has several denoisers."""
@@ -157,15 +134,20 @@ class DiffusersPolicy:
         seeds: Sequence[int],
         initial_seeds: Sequence[int] | None = None,
         num_inference_steps: int,
+        share_prefix: bool = True,
         **call: Any,
     ) -> Trajectory:
         """Sample one batch and record every step.
+
+        Samples of one prompt and one initial seed are the same up to the first stochastic step: with `share_prefix`
+        these steps are computed once for all of them.
 
         Args:
             prompts: N prompts (a group's prompt repeated G times).
             seeds: N seeds; a sample's noise depends on its own seed only, not on its batch.
             initial_seeds: N seeds of the initial noise; default `seeds`. Equal seeds start from equal noise.
             num_inference_steps: K.
+            share_prefix: False computes the deterministic first steps for every sample.
             call: any further keyword of the pipeline's call (guidance_scale, height, width, ...).
 
         Returns:
@@ -177,26 +159,56 @@ class DiffusersPolicy:
                 f"seeds: expected one per prompt ({len(prompts)}), got {len(seeds)} and {len(initial_seeds)}"
             )
         call = {**self.call_defaults, **call, "num_inference_steps": num_inference_steps}
-        recording = Recording(seeds)
-        encoded: list[Any] = []
-        prepared: list[Any] = []
-        generators = [torch.Generator().manual_seed(seed) for seed in initial_seeds]
-        in_front = {"prepare_latents": pipelines.remember(self.pipeline.prepare_latents, prepared)}
-        for name in pipelines.conditioning(self.pipeline):
-            in_front[name] = pipelines.remember(getattr(self.pipeline, name), encoded)
-        ran: list[int] = []  # steps of trained denoisers
-        with contextlib.ExitStack() as hooks:
-            for denoiser in self.denoisers.values():
-                hook = denoiser.register_forward_pre_hook(lambda *a: ran.append(len(recording.records)))
-                hooks.callback(hook.remove)
-            self._call(prompts, call, recording, in_front, generator=generators, output_type="latent")
-        for k in set(range(len(recording.records))) - set(ran):  # of an expert that is not trained: no gradient
-            recording.records[k].log_probs = None
-        pipelines.check_replayable(self.pipeline, prepared, recording.records)
-        unknown = torch.empty(0), (0, 0, 0, 0)
-        traj = Trajectory(list(prompts), list(seeds), call, recording.records, encoded, prepared[0], *unknown)
+        starts = list(zip(prompts, initial_seeds, strict=True))
+        unique = list(dict.fromkeys(starts))
+        per_sample = any(isinstance(v, list | tuple | Tensor) and len(v) == len(prompts) for v in call.values())
+        prefix = self.settings.prefix if share_prefix and not per_sample else 0
+        if prefix == 0 or len(unique) == len(starts):
+            traj = self._record(prompts, seeds, initial_seeds, call)
+        else:
+            lead_prompts, lead_seeds = zip(*unique, strict=True)
+            lead = self._record(lead_prompts, lead_seeds, lead_seeds, call, slice(prefix))
+            rows = torch.tensor([unique.index(start) for start in starts], device=lead.final.device)
+            traj = self._record(prompts, seeds, initial_seeds, call, slice(prefix, None), lead.final[rows])
+            traj.steps = {k: record.take(rows) for k, record in lead.steps.items()} | traj.steps
         traj.layout, traj.latent_shape = self._layout(traj)
         return traj
+
+    def _record(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        initial_seeds: Sequence[int],
+        call: dict[str, Any],
+        order: slice = slice(None),
+        start: Tensor | None = None,
+    ) -> Trajectory:
+        """Run the steps of `order` from `start`, by default from the pipeline's own noise; the layout is not known."""
+        recording = Recording(seeds, order)
+        encoded: list[Any] = []
+        prepared: list[Any] = []
+        begin = (lambda made: made) if start is None else functools.partial(pipelines.with_latents, latents=start)
+        in_front = {"prepare_latents": pipelines.remember(self.pipeline.prepare_latents, prepared, begin)}
+        for name in pipelines.conditioning(self.pipeline):
+            in_front[name] = pipelines.remember(getattr(self.pipeline, name), encoded)
+        generators = [torch.Generator().manual_seed(seed) for seed in initial_seeds]
+        ran: list[int] = []  # the step of every call of a trained denoiser
+        with contextlib.ExitStack() as hooks:
+            for denoiser in self.denoisers.values():
+                hook = denoiser.register_forward_pre_hook(lambda *a: ran.append(recording.coming))
+                hooks.callback(hook.remove)
+            self._call(prompts, call, recording, in_front, generator=generators, output_type="latent")
+        if self.unconditional == "frozen" and len(ran) == len(set(ran)):
+            raise ValueError(
+                f"unconditional: {type(self.pipeline).__name__} calls its denoiser once per step (no guidance, or both "
+                "branches in one batch), so there is no branch to freeze; use trained"
+            )
+        for k in set(recording.records) - set(ran):  # of an expert that is not trained: no gradient
+            recording.records[k].log_probs = None
+        pipelines.check_replayable(self.pipeline, prepared, recording.records)
+        final = list(recording.records.values())[-1].next_latents
+        unknown = torch.empty(0), (0, 0, 0, 0)
+        return Trajectory(list(prompts), list(seeds), call, recording.records, final, encoded, prepared[0], *unknown)
 
     @torch.no_grad()
     def generate(
@@ -286,8 +298,20 @@ class DiffusersPolicy:
                 f"steps: expected ascending steps out of {traj.stochastic_steps} (the others are deterministic), "
                 f"got {list(steps)}"
             )
-        if steps:
-            self._resume(traj, Scoring(traj.steps, steps, on_step), traj.steps[steps[0]].latents, output_type="latent")
+        if not steps:
+            return
+        calls: list[None] = []  # of the denoisers since the last step
+
+        def score(k: int, gaussian: Gaussian) -> None:
+            calls.clear()
+            on_step(k, gaussian)
+
+        with contextlib.ExitStack() as frozen:
+            if self.unconditional == "frozen":
+                for denoiser in self.denoisers.values():
+                    first_only = pipelines.gradient_of_first(denoiser.forward, calls)
+                    frozen.enter_context(_in_front(denoiser, {"forward": first_only}))
+            self._resume(traj, Scoring(traj.steps, steps, score), traj.steps[steps[0]].latents, output_type="latent")
 
     @torch.no_grad()
     def decode(self, traj: Trajectory) -> Tensor:
@@ -296,8 +320,8 @@ class DiffusersPolicy:
         Returns:
             Frames (N, F, 3, Y, X), float32 in [0, 1]; F = 1 for images.
         """
-        nothing = Scoring(traj.steps, [], lambda k, gaussian: None)
-        return _frames(self._resume(traj, nothing, traj.steps[-1].next_latents, output_type="pt", autocast=False))
+        nothing = Scoring({}, [], lambda k, gaussian: None)
+        return _frames(self._resume(traj, nothing, traj.final, output_type="pt", autocast=False))
 
     def _resume(self, traj: Trajectory, transition: Transition, latents: Tensor, **call: Any) -> Any:
         """Call the pipeline, without its no_grad, on recorded embeddings from given latents."""
@@ -319,11 +343,16 @@ class DiffusersPolicy:
         """Run the pipeline's own call with our scheduler, and whatever else is given, in front of its attributes."""
         scheduler = stochastic_scheduler(self.pipeline.scheduler, settings or self.settings)
         scheduler.transition = transition
-        in_front = {**in_front, "scheduler": scheduler, "_progress_bar_config": {"disable": True}}
+        in_front = {**in_front, **self.idle.in_front, "scheduler": scheduler, "_progress_bar_config": {"disable": True}}
         call = pipelines.complete_call(self.pipeline, call, len(prompts))
         enabled = autocast and self.autocast is not None
-        with _in_front(self.pipeline, in_front), torch.autocast(self.device.type, self.autocast, enabled=enabled):
-            undecorated: Any = type(self.pipeline).__call__.__wrapped__  # type: ignore[attr-defined]  # without no_grad
+        undecorated: Any = type(self.pipeline).__call__.__wrapped__  # type: ignore[attr-defined]  # without no_grad
+        with contextlib.ExitStack() as stack:
+            for denoiser in self.denoisers.values():  # what has encoded goes before the denoising begins
+                stack.callback(denoiser.register_forward_pre_hook(lambda *a: self.idle.release()).remove)
+            stack.callback(self.idle.release)
+            stack.enter_context(_in_front(self.pipeline, in_front))
+            stack.enter_context(torch.autocast(self.device.type, self.autocast, enabled=enabled))
             output = undecorated(self.pipeline, prompt=list(prompts), **call, **more)
         require_all_steps(scheduler, type(self.pipeline).__name__)
         return output
@@ -338,7 +367,7 @@ class DiffusersPolicy:
             ValueError: the tail is not a permutation with an affine map.
         """
         # one packed shape may stand for several pictures (48x64 and 64x48), so the call is part of the key
-        like = traj.steps[-1].next_latents
+        like = traj.final
         plain = sorted((k, v) for k, v in traj.call.items() if isinstance(v, (int, float, str)))
         key = repr((tuple(like.shape[1:]), plain))
         if key not in self._layouts:
@@ -364,7 +393,7 @@ class DiffusersPolicy:
             caught.append(z)
             raise _LatentsReached
 
-        nothing = Scoring([], [], lambda k, gaussian: None)
+        nothing = Scoring({}, [], lambda k, gaussian: None)
         with _in_front(self.pipeline.vae, {"decode": catch}), contextlib.suppress(_LatentsReached):
             self._resume(traj, nothing, latents, autocast=False, output_type="pt")
         if not caught:
@@ -376,7 +405,8 @@ class DiffusersPolicy:
         if self.lora:
             save_lora(self.pipeline, self.denoisers, folder)
         else:
-            save_pipeline(self.pipeline, folder, self.call_defaults)
+            with self.idle.whole():
+                save_pipeline(self.pipeline, folder, self.call_defaults)
 
 
 def to_grid(values: Tensor, traj: Trajectory) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,24 +31,28 @@ class Transition(Protocol):
     """What a scheduler does with a step's Gaussian.
 
     Attributes:
-        order: steps to run, ascending; None for all.
+        order: steps to run, ascending; or a slice of them.
     """
 
     @property
-    def order(self) -> Sequence[int] | None: ...
+    def order(self) -> Sequence[int] | slice: ...
 
     def __call__(self, k: int, step: Gaussian, latents: Tensor) -> Tensor:
         """Return x_{k+1} in the dtype of `latents`: what the denoiser will see."""
 
 
 class Recording:
-    """Draw x_{k+1} with one generator per sample, and record the step with the log-prob of that very value."""
+    """Draw x_{k+1} with one generator per sample, and record the step with the log-prob of that very value.
 
-    order: Sequence[int] | None = None
+    Args:
+        seeds: N, one per sample.
+        order: which steps to run.
+    """
 
-    def __init__(self, seeds: Sequence[int]) -> None:
+    def __init__(self, seeds: Sequence[int], order: slice = slice(None)) -> None:
         self.generators = [torch.Generator().manual_seed(seed ^ (_STEP_SEED << 20)) for seed in seeds]
-        self.records: list[StepRecord] = []
+        self.order = order
+        self.records: dict[int, StepRecord] = {}
 
     def __call__(self, k: int, step: Gaussian, latents: Tensor) -> Tensor:
         if len(latents) != len(self.generators):
@@ -61,15 +65,20 @@ class Recording:
         following = following.to(latents.dtype)
         if step.std > 0:
             log_probs = gaussian_log_prob(following, step)
-        self.records.append(StepRecord(latents, following, log_probs))
+        self.records[k] = StepRecord(latents, following, log_probs)
         return following
+
+    @property
+    def coming(self) -> int:
+        """The step that comes next."""
+        return (self.order.start or 0) + len(self.records)
 
 
 class Scoring:
     """Return the recorded x_{k+1} and hand the step's Gaussian, with its graph, to `on_step`."""
 
     def __init__(
-        self, records: list[StepRecord], order: Sequence[int], on_step: Callable[[int, Gaussian], None]
+        self, records: Mapping[int, StepRecord], order: Sequence[int], on_step: Callable[[int, Gaussian], None]
     ) -> None:
         self.records, self.order, self.on_step = records, order, on_step
 
@@ -98,6 +107,11 @@ class SamplerSettings:
     def eta_at(self, k: int, num_steps: int) -> float:
         chosen = self.stochastic_steps is None or k in self.stochastic_steps
         return self.eta if chosen and k < num_steps - 1 else 0.0
+
+    @property
+    def prefix(self) -> int:
+        """How many steps before the first stochastic one; 0 where none is stochastic."""
+        return min(self.stochastic_steps, default=0) if self.stochastic_steps and self.eta > 0 else 0
 
 
 class FlowStochasticScheduler(FlowMatchEulerDiscreteScheduler):
@@ -189,7 +203,8 @@ class DDIMStochasticScheduler(DDIMScheduler):
 def _cut_timesteps(scheduler: Any) -> Iterator[int]:
     """Leave only the timesteps of the transition's order in the scheduler; return the step numbers to come."""
     order = scheduler.transition.order
-    order = list(range(len(scheduler.timesteps))) if order is None else list(order)
+    order = range(len(scheduler.timesteps))[order] if isinstance(order, slice) else order
+    order = list(order)
     scheduler.timesteps = scheduler.timesteps[order]
     return iter(order)
 

@@ -24,12 +24,15 @@ from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import Config
 from .losses import LossStats, policy_loss
 from .maps import MapSource
-from .policy import LORA_TARGETS, DiffusersPolicy
+from .offload import visiting
+from .pipelines import compile_blocks, enable_vae
+from .policy import DiffusersPolicy
 from .prompts import prompt_batch, read_prompts
 from .psm import PerceptualStructuring, map_statistics
 from .psm.latent_grid import frame_groups
 from .rewards import Reward, load_reward, score
 from .runlog import RunLog, check_output, write_summary
+from .trainable import LORA_TARGETS
 from .types import PromptBatch, Trajectory, require_finite
 from .windows import stochastic_window
 
@@ -64,8 +67,9 @@ class Trainer:
         self.prompts = read_prompts(config.prompts.path)
         torch.manual_seed(config.run.seed)  # the adapter's initial weights
         self.policy = policy or make_policy(config)
-        self.reward = reward or load_reward(config.reward.name, self.policy.device)
-        self.map_source = MapSource(config.map, self.policy.device, psm=psm)
+        waits = "cpu" if config.model.offload != "none" else self.policy.device
+        self.reward = reward or load_reward(config.reward.name, waits)
+        self.map_source = MapSource(config.map, waits, psm=psm)
         self.map_source.check([prompt.text for prompt in self.prompts])
         if config.model.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
@@ -128,14 +132,15 @@ class Trainer:
             seed=config.run.seed,
             same_initial_noise=config.sampling.same_initial_noise,
         )
+        device, offload = self.policy.device, config.model.offload
         with clock("rollout"):
-            trajectories = self._rollout(batch, iteration)
-            buckets = _buckets([(traj, self.policy.decode(traj)) for traj in trajectories])
-        with clock("reward"):
+            decoded, plan = self._rollout(batch, iteration)
+            trajectories, buckets = [traj for traj, _ in decoded], _buckets(decoded)
+        with clock("reward"), visiting(self.reward, device, offload):
             scores = [score(self.reward, bucket.frames, bucket.prompts) for bucket in buckets]
             rewards, kept = self._check_rewards(torch.cat([found.rewards for found in scores]), batch)
         sizes = [len(bucket.frames) for bucket in buckets]
-        with clock("map"):
+        with clock("map"), visiting(self.map_source.backbone, device, offload):
             maps = [
                 self.allocation_maps(b.frames, b.prompts, b.grid, iteration=iteration, credit=found.credit_of(part))
                 for b, found, part in zip(buckets, scores, kept.split(sizes), strict=True)
@@ -146,7 +151,7 @@ class Trainer:
         )
         with clock("update"):
             structured = [pixel_advantages(share, m) for share, m in zip(advantages.split(sizes), maps, strict=True)]
-            losses = self._update(trajectories, structured, iteration)
+            losses = self._update(trajectories, structured, plan)
         self.frames, self.maps = buckets[0].frames, maps[0]
         grouped = rewards[kept].view(-1, batch.group_size)
         metrics = {
@@ -161,8 +166,12 @@ class Trainer:
         }
         return {**{name: float(value) for name, value in metrics.items()}, **clock.seconds()}
 
-    def _rollout(self, batch: PromptBatch, iteration: int) -> list[Trajectory]:
-        """Sample in micro-batches of neighbours whose pipeline calls are equal."""
+    def _rollout(self, batch: PromptBatch, iteration: int) -> tuple[list[tuple[Trajectory, Tensor]], list[list[int]]]:
+        """Sample and decode in micro-batches of neighbours whose pipeline calls are equal.
+
+        Returns:
+            Trajectories that hold the trained steps only, with their frames; and the trained steps of every update.
+        """
         sampling = self.config.sampling
         first, end = sampling.reach
         steps = stochastic_window(
@@ -181,16 +190,21 @@ class Trainer:
             if not runs or full or batch.entries[runs[-1][-1]].key != entry.key:
                 runs.append([])
             runs[-1].append(i)
-        return [
-            self.policy.rollout(
+        decoded: list[tuple[Trajectory, Tensor]] = []
+        plan: list[list[int]] = []
+        for run in runs:
+            traj = self.policy.rollout(
                 [batch.prompts[i] for i in run],
                 seeds=[batch.seeds[i] for i in run],
                 initial_seeds=[batch.initial_seeds[i] for i in run],
                 num_inference_steps=sampling.num_inference_steps,
                 **{**sampling.pipeline_call, **batch.entries[run[0]].call},
             )
-            for run in runs
-        ]
+            frames = self.policy.decode(traj)
+            plan = plan or self._choose_steps(traj, iteration)
+            traj.keep([k for steps in plan for k in steps])
+            decoded.append((traj.to("cpu") if sampling.store_on_cpu else traj, frames))
+        return decoded, plan
 
     def _check_rewards(self, rewards: Tensor, batch: PromptBatch) -> tuple[Tensor, Tensor]:
         """Return rewards and which samples are kept (N,): all, unless a group had a bad reward and is dropped."""
@@ -233,18 +247,19 @@ class Trainer:
         )
 
     def _update(
-        self, trajectories: list[Trajectory], advantages: Sequence[Tensor], iteration: int
+        self, trajectories: list[Trajectory], advantages: Sequence[Tensor], plan: list[list[int]]
     ) -> dict[str, Tensor]:
         """Take the configured optimizer steps on one rollout; return their mean statistics.
 
-        `advantages` are the pixel advantages of the trajectories in order, in pieces of one shape each.
+        `advantages` are the pixel advantages of the trajectories in order, in pieces of one shape each; `plan` the
+        trained steps of every optimizer step.
         """
         settings = self.config.optimizer
         totals: defaultdict[str, list[Tensor]] = defaultdict(list)
         samples = sum(len(traj) for traj in trajectories)
         rows = iter([row for piece in advantages for row in piece])
         parts = [torch.stack(list(itertools.islice(rows, len(traj)))) for traj in trajectories]
-        for steps in self._choose_steps(trajectories[0], iteration):
+        for steps in plan:
             self.optimizer.zero_grad(set_to_none=True)
             for traj, part in zip(trajectories, parts, strict=True):
                 self._accumulate(traj, part, steps, weight=len(traj) / (samples * len(steps)), totals=totals)
@@ -293,6 +308,7 @@ class Trainer:
             for name in LossStats._fields:
                 totals[name].append(getattr(stats, name))
 
+        traj = traj.to(self.policy.device)
         if with_kl:
             self.policy.add_reference(traj, steps)
         self.policy.replay(traj, steps=steps, on_step=on_step, with_kl=with_kl)
@@ -361,16 +377,22 @@ def make_policy(config: Config) -> DiffusersPolicy:
         target_modules=model.lora_targets or LORA_TARGETS,
     )
     train = lora if model.train == "lora" else "full"
-    return DiffusersPolicy(
+    policy = DiffusersPolicy(
         model.path,
         kernel=config.sampling.kernel,
         eta=config.sampling.eta,
         shift=config.sampling.shift,
+        unconditional=config.sampling.unconditional,
+        offload=model.offload,
         train=train if model.denoisers is None else dict.fromkeys(model.denoisers, train),
         dtype=getattr(torch, model.dtype),
         autocast=getattr(torch, model.autocast) if model.autocast else None,
         device=model.device,
     )
+    enable_vae(policy.pipeline, tiling=model.vae_tiling, slicing=model.vae_slicing)
+    if model.compile:
+        compile_blocks(policy.denoisers)
+    return policy
 
 
 def versions() -> dict[str, Any]:

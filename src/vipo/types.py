@@ -19,9 +19,9 @@ sigma is in (0, 1], 1 = pure noise. Log-probs are float32 and in nats.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -115,6 +115,11 @@ class StepRecord:
     log_probs: Tensor | None
     reference_mean: Tensor | None = None
 
+    def take(self, rows: Tensor) -> Self:
+        """Return the record of the samples `rows` (n,)."""
+        taken: Self = _each_tensor(self, lambda tensor: tensor[rows])
+        return taken
+
 
 @dataclass
 class Trajectory:
@@ -124,7 +129,8 @@ class Trajectory:
         prompts: N prompts.
         seeds: N noise seeds.
         call: keyword arguments of the pipeline's call, without prompts and generators.
-        steps: K records.
+        steps: records by step number: all K, or those that `keep` has left.
+        final: x_K, what the VAE will decode, in the pipeline's own layout.
         encoded: outputs of what the pipeline encodes its prompts and pictures with, in the order of its calls.
         prepared: output of the pipeline's `prepare_latents`: the latents, in a tuple with whatever else it returns.
         layout: (C*T*H*W,) positions of the latent grid's elements in one flattened sample of the pipeline's own layout.
@@ -134,7 +140,8 @@ class Trajectory:
     prompts: list[str]
     seeds: list[int]
     call: dict[str, Any]
-    steps: list[StepRecord]
+    steps: dict[int, StepRecord]
+    final: Tensor
     encoded: list[Any]
     prepared: Any
     layout: Tensor
@@ -146,7 +153,29 @@ class Trajectory:
     @property
     def stochastic_steps(self) -> list[int]:
         """Steps whose transition has a density (std > 0), ascending."""
-        return [k for k, record in enumerate(self.steps) if record.log_probs is not None]
+        return [k for k, record in self.steps.items() if record.log_probs is not None]
+
+    def keep(self, steps: Collection[int]) -> None:
+        """Forget all steps but these: only what will be trained stays in memory."""
+        self.steps = {k: record for k, record in self.steps.items() if k in steps}
+
+    def to(self, device: torch.device | str) -> Self:
+        """Return the trajectory with every tensor on a device."""
+        moved: Self = _each_tensor(self, lambda tensor: tensor.to(device))
+        return moved
+
+
+def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to the tensors in a record, list, tuple or dict; what else it holds stays as it is."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, StepRecord | Trajectory):
+        return type(value)(**{f.name: _each_tensor(getattr(value, f.name), change) for f in fields(value)})
+    if isinstance(value, dict):
+        return {key: _each_tensor(entry, change) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_each_tensor(entry, change) for entry in value)
+    return value
 
 
 def require_finite(name: str, tensor: Tensor) -> None:

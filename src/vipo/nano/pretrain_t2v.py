@@ -195,7 +195,9 @@ def train_vae(
 
     rate = 1.5e-3 if initial else 3e-3
     facts = fit([vae], loss_at, steps=steps, learning_rate=rate, average=0.995, checkpoint=save)
-    finish_vae(vae, output, seed, {"continues": str(initial or "random weights"), "clips": pool, **facts})
+    finish_vae(
+        vae, output, seed, {"continues": initial.parent.name if initial else "random weights", "clips": pool, **facts}
+    )
     return vae
 
 
@@ -237,8 +239,11 @@ def reconstruction_psnr(vae: AutoencoderKLWan, seed: int) -> tuple[float, float]
     return round(-10 * torch.log10(everywhere).item(), 2), round(-10 * torch.log10(subject).item(), 2)
 
 
-def train(output: Path, *, steps: int = 12000, pool: int = 8192, seed: int = 0) -> None:
-    """Train the whole pipeline; `output`/vae is used when it is already there."""
+def train(output: Path, *, steps: int = 12000, pool: int = 8192, seed: int = 0, initial: Path | None = None) -> None:
+    """Train the whole pipeline; `output`/vae is used when it is already there.
+
+    `initial` continues the transformer and text encoder of a pipeline's folder, at half the learning rate.
+    """
     if (output / "vae" / "training.json").exists():
         vae = AutoencoderKLWan.from_pretrained(output / "vae")
     else:
@@ -247,6 +252,10 @@ def train(output: Path, *, steps: int = 12000, pool: int = 8192, seed: int = 0) 
     torch.manual_seed(seed)
     pipeline = build_pipeline(vae)
     modules = [pipeline.transformer, pipeline.text_encoder]
+    if initial:
+        before = load_pipeline(initial)[0]
+        pipeline.transformer.load_state_dict(before.transformer.state_dict())
+        pipeline.text_encoder.load_state_dict(before.text_encoder.state_dict())
     log.info("t2v: %d trained parameters", parameter_count(*modules))
     latents, prompts = cached_latents(output, vae, pool, seed + 3)
     log.info("t2v: pool encoded, latent std %.3f", latents.std().item())
@@ -271,7 +280,8 @@ def train(output: Path, *, steps: int = 12000, pool: int = 8192, seed: int = 0) 
         save_pipeline(pipeline, output / "steps" / f"{step:06d}", CALL)
         log.info("t2v: %s", sample_metrics(pipeline, 24))
 
-    facts = fit(modules, loss_at, steps=steps, learning_rate=2e-3, average=0.999, checkpoint=checkpoint)
+    rate = 1e-3 if initial else 2e-3
+    facts = fit(modules, loss_at, steps=steps, learning_rate=rate, average=0.999, checkpoint=checkpoint)
     save_pipeline(pipeline, output, CALL)
     halve(output)
     pipeline = load_pipeline(output)[0]  # the card is of what was written
@@ -283,6 +293,7 @@ def train(output: Path, *, steps: int = 12000, pool: int = 8192, seed: int = 0) 
             "parameters": parameter_count(*modules, vae),
             "data": f"{pool} procedural clips (vipo.nano.video_world), half with a defect, batch 32",
             "objective": "flow matching, logit-normal sigma (mean .5), 10 % prompts dropped",
+            "continues": initial.name if initial else "random weights",
             "load": "WanPipeline.from_pretrained(folder); float16 files, float32 when loaded",
             "call": "needs height=64, width=64, num_frames=9, max_sequence_length=12 (vipo.json has them)",
             **sample_metrics(pipeline),
@@ -355,7 +366,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder for the trained pipeline")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the stage's own)")
     parser.add_argument("--pool", type=int, help="rendered clips (default: the stage's own)")
-    parser.add_argument("--initial", type=Path, help="vae only: a VAE to continue")
+    parser.add_argument("--initial", type=Path, help="a VAE (vae) or a pipeline's folder (t2v) to continue")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()

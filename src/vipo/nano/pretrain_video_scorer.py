@@ -1,9 +1,10 @@
 """The nano video scorers: visual quality (VQ) and motion quality (MQ), two small CLIPModels trained on pairs.
 
-VQ reads single frames, as any CLIP preference scorer does; a clip's score is the mean over its frames. MQ reads the
-whole clip as one picture of 9 x 3 channels (the patch embedding becomes a tube embedding), so that it sees motion.
-Both compare with the prompt. In each pair the first clip is better; the worse one has a defect of the picture (VQ)
-or of the motion (MQ), shows another scene or motion than the words say, has an artefact, or was generated.
+VQ reads single frames, as any CLIP preference scorer does; a clip's score is the mean over its frames. Its vision
+tower continues that of the nano image scorer. MQ reads the whole clip as one picture of 9 x 3 channels (the patch
+embedding becomes a tube embedding), so that it sees motion. Both compare with the prompt. In each pair the first clip
+is better; the worse one has a defect of the picture (VQ) or of the motion (MQ), shows another scene or motion than the
+words say, has an artefact, or was generated.
 
     python -m vipo.nano.pretrain_video_scorer {vq,mq} --output DIR [--generator T2V_DIR]
 """
@@ -24,7 +25,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, C
 
 from ..loading import load_pipeline
 from ..rewards.preference import ClipPreference
-from . import video_world
+from . import assets_path, video_world
 from .pretrain import batches, fit, parameter_count, to_unit, write_card
 from .pretrain_scorer import MEAN, PATCH, STD, patch_mean, spoil, to_bytes
 from .pretrain_t2v import TOKENS, generate, to_vae
@@ -56,9 +57,9 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def build_scorer(score: str) -> ClipPreference:
-    """A CLIPModel of 3 channels for "vq", of 9 x 3 channels for "mq"."""
+    """A CLIPModel of 3 channels for "vq", with the image scorer's vision tower; of 9 x 3 channels for "mq"."""
     tokenizer = build_tokenizer()
-    frames = FRAMES if score == "mq" else 1
+    frames, width = (FRAMES, 96) if score == "mq" else (1, 112)
     text = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -71,8 +72,8 @@ def build_scorer(score: str) -> ClipPreference:
         pad_token_id=tokenizer.pad_token_id,
     )
     vision = CLIPVisionConfig(
-        hidden_size=96,
-        intermediate_size=192,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=4,
         num_attention_heads=4,
         num_channels=3 * frames,
@@ -80,7 +81,12 @@ def build_scorer(score: str) -> ClipPreference:
         patch_size=PATCH,
     )
     config = CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=64)
-    return ClipPreference(CLIPModel(config), tokenizer, MEAN * frames, STD * frames)
+    model = CLIPModel(config)
+    if score == "vq":
+        trained = CLIPModel.from_pretrained(assets_path("scorer"))
+        model.vision_model.load_state_dict(trained.vision_model.state_dict())
+        model.visual_projection.load_state_dict(trained.visual_projection.state_dict())
+    return ClipPreference(model, tokenizer, MEAN * frames, STD * frames)
 
 
 def views(score: str, videos: Tensor) -> Tensor:
