@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from vipo.psm.latent_grid import check_frames, frame_groups, pool_time, resize_space
+from vipo.psm.latent_grid import check_frames, frame_groups, pool_time, resize_space, spread_time
 
 
 def resampling_matrix(source: int, target: int) -> np.ndarray:
@@ -59,6 +59,24 @@ def test_causal_groups_literals() -> None:
     assert torch.equal(pool_time(maps, 3, 4), literal([9.0, 3.0, 25.0]))
     assert torch.equal(pool_time(maps[:, 1:], 2, 4, first_frame_alone=False), literal([3.0, 25.0]))
     assert torch.equal(pool_time(maps[:, :1], 1, 4), literal([9.0]))
+
+
+def test_spreading_literals() -> None:
+    maps = literal([9.0, 3.0, 25.0])
+    assert torch.equal(spread_time(maps, 4), literal([9.0, *[3.0] * 4, *[25.0] * 4]))
+    assert torch.equal(spread_time(maps, 2, first_frame_alone=False), literal([9.0, 9.0, 3.0, 3.0, 25.0, 25.0]))
+    assert torch.equal(spread_time(maps), maps)
+    with pytest.raises(ValueError, match="temporal_compression >= 1, got 0"):
+        spread_time(maps, 0)
+
+
+@pytest.mark.parametrize(("frames", "latent_frames"), [(1, 1), (9, 3), (8, 2), (53, 14), (7, 7)])
+def test_pooling_undoes_spreading(frames: int, latent_frames: int) -> None:
+    maps = torch.rand(2, latent_frames, 3, 5, generator=torch.Generator().manual_seed(3))
+    compression, alone = frame_groups(frames, latent_frames)
+    spread = spread_time(maps, compression, first_frame_alone=alone)
+    assert spread.shape == (2, frames, 3, 5)
+    torch.testing.assert_close(pool_time(spread, latent_frames, compression, first_frame_alone=alone), maps)
 
 
 def test_no_compression_is_the_identity() -> None:

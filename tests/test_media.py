@@ -9,15 +9,17 @@ import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from torch import Tensor
 
 from vipo.media import (
     IMAGE_SUFFIXES,
+    LOSSLESS_SIDE,
     find_media,
     name_media,
     read_fps,
     read_frames,
+    write_animation,
     write_image,
     write_video,
 )
@@ -271,6 +273,50 @@ def test_wrong_calls_are_refused(tmp_path: Path) -> None:
         write_image(tmp_path / "a.png", frames)
     with pytest.raises(ValueError, match="ending in one of"):
         write_image(tmp_path / "a.txt", frames[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_animation_comes_back(tmp_path: Path) -> None:
+    clip = torch.rand(5, 3, 40, 64, generator=torch.Generator().manual_seed(0))
+    write_animation(tmp_path / "deep" / "clip.webp", clip, fps=8)
+    frames = read_frames(tmp_path / "deep" / "clip.webp")
+    torch.testing.assert_close(frames, clip, rtol=0, atol=0.5 / 255 + 1e-6)  # without loss
+    assert read_fps(tmp_path / "deep" / "clip.webp") == 8
+    with Image.open(tmp_path / "deep" / "clip.webp") as image:
+        assert image.info["loop"] == 0  # for ever
+    assert [entry.name for entry in (tmp_path / "deep").iterdir()] == ["clip.webp"]  # no .partial
+
+    large = counting(4, height=20, width=LOSSLESS_SIDE + 2)
+    write_animation(tmp_path / "large.webp", large, fps=8)
+    assert order(read_frames(tmp_path / "large.webp")) == [0, 1, 2, 3]
+    noise = torch.rand(2, 3, 16, LOSSLESS_SIDE + 2, generator=torch.Generator().manual_seed(1))
+    for width, lossless in ((LOSSLESS_SIDE, True), (LOSSLESS_SIDE + 2, False)):
+        write_animation(tmp_path / "noise.webp", noise[..., :width], fps=8)
+        difference = (read_frames(tmp_path / "noise.webp") - noise[..., :width]).abs().amax()
+        assert (difference < 1 / 255) == lossless
+
+
+def test_equal_frames_of_an_animation_become_one_of_their_time(tmp_path: Path) -> None:
+    clip = counting(3)[[0, 0, 1, 1, 1, 2]]
+    write_animation(tmp_path / "clip.webp", clip, fps=10)
+    assert order(read_frames(tmp_path / "clip.webp")) == [0, 1, 2]
+    with Image.open(tmp_path / "clip.webp") as image:
+        times = [frame.copy().info["duration"] for frame in ImageSequence.Iterator(image)]
+    assert times == [200, 300, 100]
+    write_animation(tmp_path / "clip.webp", clip[:1], fps=10)
+    assert order(read_frames(tmp_path / "clip.webp")) == [0]
+
+
+def test_what_is_no_animation_is_refused(tmp_path: Path) -> None:
+    frames = counting(2)
+    for path, given, fps, message in (
+        ("a.gif", frames, 8.0, "ending in .webp"),
+        ("a.webp", frames, 0.0, r"fps in \(0, 1000\]"),
+        ("a.webp", frames[:0], 8.0, "at least one frame"),
+        ("a.webp", frames[0], 8.0, "expected shape|wrong number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_animation(tmp_path / path, given, fps)
     assert list(tmp_path.iterdir()) == []
 
 

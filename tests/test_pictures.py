@@ -6,7 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from vipo.pictures import CELL, Block, cell_size, component_pictures, draw_sheet, overlay, sheet
+from vipo.pictures import (
+    CELL,
+    MOST_CLIPS,
+    Block,
+    cell_size,
+    clip_grid,
+    component_pictures,
+    draw_sheet,
+    film_strip,
+    overlay,
+    overlay_clips,
+    sheet,
+    small_clips,
+)
 from vipo.psm import canonical_projections, principal_components
 
 
@@ -98,3 +111,53 @@ def test_a_grid_of_pictures() -> None:
     assert (grid[:4, :6] == 0).all() and (grid[:4, 8:14] == 128).all() and (grid[6:10, :6] == 255).all()
     assert (grid[4:6] == 255).all()  # the gap is white
     assert np.asarray(sheet(pictures, columns=2, limit=2)).shape == (6, 16, 3)
+
+
+def levels(clips: int, frames: int) -> torch.Tensor:
+    """Clips of one grey level per clip and frame, 10 (frame + 1) + clip of 255: (clips, frames, 3, 4, 6)."""
+    grey = 10.0 * (torch.arange(frames) + 1) + torch.arange(clips)[:, None]
+    return (grey / 255)[..., None, None, None].expand(-1, -1, 3, 4, 6)
+
+
+@pytest.mark.parametrize(
+    ("frames", "shown"),
+    [(2, [0, 1]), (9, list(range(9))), (13, [0, 2, 3, 4, 6, 8, 9, 10, 12]), (17, list(range(0, 17, 2)))],
+)
+def test_a_film_strip_has_a_clip_per_row_and_its_frames_in_order(frames: int, shown: list[int]) -> None:
+    strip = np.asarray(film_strip(levels(3, frames)))
+    assert strip.shape == (3 * 6, len(shown) * 8, 3)
+    expected = [[10 * (frame + 1) + clip for frame in shown] for clip in range(3)]
+    assert strip[2::6, 3::8, 0].tolist() == expected
+    assert (strip[4::6] == 255).all() and (strip[:, 6::8] == 255).all()  # the gaps are white
+
+
+def test_a_grid_of_clips_plays_together() -> None:
+    grid = clip_grid(levels(6, 3))
+    assert grid.shape == (3, 3, 2 * 6, 4 * 8)
+    rows = [[10, 11, 12, 13], [14, 15, 255, 255]]
+    for frame in range(3):
+        later = [[level + 10 * frame if level < 255 else 255 for level in row] for row in rows]
+        assert (grid[frame, 0, 2::6, 3::8] * 255).round().tolist() == later
+    assert clip_grid(levels(2, 3)).shape == (3, 3, 6, 2 * 8)
+
+
+def test_clips_are_few_and_small() -> None:
+    clips = levels(MOST_CLIPS + 2, 2)
+    assert torch.equal(small_clips(clips), clips[:MOST_CLIPS])
+    halves = torch.zeros(1, 2, 3, 300, 600)
+    halves[..., 300:] = 1
+    halves[0, 1] /= 2
+    small = small_clips(halves)
+    assert small.shape == (1, 2, 3, 104, CELL)
+    assert small[..., :102].amax() < 1e-5 and (small[0, 0, ..., 106:] - 1).abs().amax() < 1e-5
+    assert (small[0, 1, ..., 106:] - 0.5).abs().amax() < 1e-5
+
+
+def test_every_clip_has_a_colour_scale_of_its_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    clips, maps = torch.rand(2, 3, 3, 8, 8, generator=generator), torch.rand(2, 3, 4, 4, generator=generator)
+    laid = overlay_clips(clips, maps * torch.tensor([1.0, 50.0]).view(2, 1, 1, 1))
+    for clip, its_maps, shown in zip(clips, maps, laid, strict=True):
+        torch.testing.assert_close(shown, overlay(clip, its_maps, peak=float(its_maps.amax())), rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="maps: expected shape"):
+        overlay_clips(clips, maps[:, :2])

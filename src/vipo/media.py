@@ -32,6 +32,8 @@ _PILLOW_SUFFIXES = (*IMAGE_SUFFIXES, ".gif")
 _SEQUENCES = ("GIF", "WEBP", "PNG", "TIFF")  # not MPO: a phone's JPEG hides its depth map or its twin in there
 _BT709 = 1  # FFmpeg's number for the matrix, the primaries and the transfer curve of HD video
 _LIMITED = 1  # FFmpeg's number for luma in 16..235
+LOSSLESS_SIDE = 256
+"""Pixels of the longer side up to which an animation is written without loss."""
 _DURATION = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 Result = TypeVar("Result")
 # What Pillow's decoders raise on damaged files; SyntaxError is what its PNG and TIFF readers call a broken header.
@@ -83,7 +85,7 @@ def read_fps(path: Path) -> float | None:
     """
     _check_file(path)
     if path.suffix.lower() in _PILLOW_SUFFIXES:
-        duration = _with_pillow(path, lambda image: image.info.get("duration"))
+        duration = _with_pillow(path, _first_duration)
         return 1000 / float(duration) if duration else None
     try:
         with av.open(str(path)) as container:
@@ -134,6 +136,44 @@ def write_video(path: Path, frames: Tensor, fps: float) -> None:
     padding = (0, sizes["X"] % 2, 0, sizes["Y"] % 2)
     padded = F.pad(frames.float().cpu(), padding, mode="replicate") if any(padding) else frames
     write_atomically(path, lambda partial: _encode(partial, padded, Fraction(fps).limit_denominator(1001)))
+
+
+def write_animation(path: Path, frames: Tensor, fps: float) -> None:
+    """Write a WebP that browsers play over and over in an <img>; a reader sees the old or the new file.
+
+    Without loss up to LOSSLESS_SIDE pixels a side, at quality 90 above. The format keeps no two equal frames in a row:
+    the first is shown for longer, and the file then has fewer frames; where all are equal it is a picture.
+
+    Args:
+        path: ending in .webp; missing folders are made.
+        frames: (F, 3, Y, X), in [0, 1], F >= 1.
+        fps: frames per second, in (0, 1000]; the format rounds the time of a frame to milliseconds.
+
+    Raises:
+        ValueError: wrong shape, no frame, another suffix, or an fps out of range.
+    """
+    check_shape("frames", frames, "F 3 Y X")
+    if path.suffix.lower() != ".webp":
+        raise ValueError(f"{path}: expected a name ending in .webp")
+    if not 0 < fps <= 1000 or frames.numel() == 0:
+        raise ValueError(
+            f"expected fps in (0, 1000] and at least one frame, got fps {fps} and shape {tuple(frames.shape)}"
+        )
+    first, *others = [to_image(frame) for frame in frames]
+
+    def save(partial: Path) -> None:
+        first.save(
+            partial,
+            format="WEBP",
+            save_all=True,
+            append_images=others,
+            duration=round(1000 / fps),
+            loop=0,
+            lossless=max(first.size) <= LOSSLESS_SIDE,
+            quality=90,
+        )
+
+    write_atomically(path, save)
 
 
 def find_media(inputs: Sequence[Path]) -> list[Path]:
@@ -226,6 +266,11 @@ def _with_pillow(path: Path, read: Callable[[Image.Image], Result]) -> Result:
         raise ValueError(f"{path}: refused: {error}") from error
     except _PILLOW_ERRORS as error:
         raise _unreadable(path, str(error) or type(error).__name__) from error
+
+
+def _first_duration(image: Image.Image) -> Any:
+    image.load()  # only then WebP states it
+    return image.info.get("duration")
 
 
 def _read_pillow(path: Path, max_frames: int | None) -> list[NDArray[Any]]:

@@ -1,4 +1,4 @@
-"""Maps and samples as pictures: overlays, grids, principal components as colours, a labelled sheet to compare maps."""
+"""Maps and samples as pictures: overlays, grids, film strips, principal components as colours, a labelled sheet."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from .types import check_shape
 
 CELL = 208
 """Pixels of the longer side of a picture in the sheet."""
+MOST_CLIPS, MOST_FRAMES = 8, 9
+"""Clips of a film strip or of a grid of clips, and frames of a strip."""
 _GAP, _MARGIN, _LINE = 8, 16, 24
 _INK, _FAINT, _ACCENT, _PAPER = "#1a1a1a", "#6b6b6b", "#c2185b", "white"
 _LEGEND = "Colours: dark blue is 0, dark red is the largest value of the map itself (of all frames of a clip)."
@@ -66,12 +68,46 @@ def overlay(images: Tensor, maps: Tensor, *, peak: float | None = None, strength
 
 def sheet(images: Tensor, columns: int = 8, limit: int = 32) -> Image.Image:
     """Arrange up to `limit` images (n, 3, Y, X) in rows, two pixels apart."""
-    images = images[:limit].float().cpu()
+    return to_image(_tile(images[:limit], columns))
+
+
+def small_clips(clips: Tensor) -> Tensor:
+    """Take the first MOST_CLIPS of (n, F, 3, Y, X) and shrink them to sides of CELL pixels at most, on the CPU."""
+    sizes = check_shape("clips", clips, "n F 3 Y X")
+    clips = clips[:MOST_CLIPS].float().cpu()
+    if max(sizes["Y"], sizes["X"]) <= CELL:
+        return clips
+    small: Tensor = F.interpolate(
+        clips.flatten(0, 1), cell_size(sizes["Y"], sizes["X"]), mode="bilinear", antialias=True
+    )
+    return torch.unflatten(small.clamp(0, 1), 0, clips.shape[:2])
+
+
+def overlay_clips(clips: Tensor, maps: Tensor) -> Tensor:
+    """Lay maps (n, F, H, W), >= 0, over clips (n, F, 3, Y, X): dark red is the largest value of that clip's maps."""
+    sizes = check_shape("clips", clips, "n F 3 Y X")
+    check_shape("maps", maps, "n F H W", sizes)
+    return torch.stack([overlay(clip, m, peak=float(m.amax())) for clip, m in zip(clips, maps, strict=True)])
+
+
+def film_strip(clips: Tensor) -> Image.Image:
+    """Arrange clips (n, F, 3, Y, X) one per row, of each up to MOST_FRAMES frames, evenly spaced from first to last."""
+    count = min(clips.shape[1], MOST_FRAMES)
+    chosen = torch.linspace(0, clips.shape[1] - 1, count).round().long()
+    return to_image(_tile(clips[:, chosen].flatten(0, 1), count))
+
+
+def clip_grid(clips: Tensor, columns: int = 4) -> Tensor:
+    """Arrange clips (n, F, 3, Y, X) in rows that play together: (F, 3, y, x)."""
+    return torch.stack([_tile(frames, min(columns, len(clips))) for frames in clips.unbind(1)])
+
+
+def _tile(images: Tensor, columns: int) -> Tensor:
+    """Arrange images (n, 3, Y, X) in rows, two white pixels after each: (3, y, x)."""
     rows = -(-len(images) // columns)
     canvas = torch.ones(rows * columns, 3, images.shape[2] + 2, images.shape[3] + 2)
-    canvas[: len(images), :, :-2, :-2] = images
-    grid = canvas.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
-    return to_image(grid)
+    canvas[: len(images), :, :-2, :-2] = images.float().cpu()
+    return torch.unflatten(canvas, 0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
 
 
 def component_pictures(features: Tensor, solver: str = "subspace") -> Tensor:

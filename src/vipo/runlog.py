@@ -1,4 +1,4 @@
-"""The run directory: config.yaml, metrics.jsonl, TensorBoard events, pictures of samples and maps, summary.json."""
+"""The run directory: config.yaml, metrics.jsonl, TensorBoard events, samples and maps as pictures, summary.json."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from .files import write_atomically
-from .pictures import overlay, sheet
+from .media import write_animation, write_image
+from .pictures import clip_grid, film_strip, overlay, overlay_clips, sheet, small_clips
+from .psm.latent_grid import frame_groups, spread_time
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+CLIP_FPS = 8.0
+"""Of the animations of samples and maps, whose own rate no tensor states."""
 
 
 def check_output(folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -85,13 +89,28 @@ class RunLog:
                     self._events.add_scalar(name, value, iteration)
 
     def pictures(self, iteration: int, frames: Tensor, maps: Tensor) -> None:
-        """Save a contact sheet of samples and one with the maps laid over them."""
-        name = f"iteration_{iteration:06d}.png"
-        still = frames[:, 0]
-        sheet(still).save(self.folder / "samples" / name)
-        sheet(overlay(still, maps[:, 0])).save(self.folder / "maps" / name)
+        """Save a sheet of samples and one with the maps laid over them: of clips a film strip and an animation each.
+
+        Args:
+            iteration: 1-based.
+            frames: (N, F, 3, Y, X), in [0, 1].
+            maps: (N, T, H, W), >= 0; a frame is shown with the map of its latent frame.
+        """
+        name, count = f"iteration_{iteration:06d}", frames.shape[1]
+        if count == 1:
+            sheets = {"samples": sheet(frames[:, 0]), "maps": sheet(overlay(frames[:, 0], maps[:, 0]))}
+        else:
+            clips = small_clips(frames)
+            compression, alone = frame_groups(count, maps.shape[1])
+            spread = spread_time(maps[: len(clips)], compression, first_frame_alone=alone)
+            shown = {"samples": clips, "maps": overlay_clips(clips, spread)}
+            for folder, moving in shown.items():
+                write_animation(self.folder / folder / f"{name}.webp", clip_grid(moving), CLIP_FPS)
+            sheets = {folder: film_strip(moving) for folder, moving in shown.items()}
+        for folder, picture in sheets.items():
+            write_image(self.folder / folder / f"{name}.png", picture)
         if self._events is not None:
-            self._events.add_image("samples", np.asarray(sheet(still)), iteration, dataformats="HWC")
+            self._events.add_image("samples", np.asarray(sheets["samples"]), iteration, dataformats="HWC")
 
 
 def write_summary(folder: Path, values: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ from vipo.media import (
 from vipo.pictures import Block, cell_size, component_pictures, draw_sheet, overlay
 from vipo.psm import CONTROLS, ORIENTATIONS, BackboneError, PerceptualStructuring, control_maps, map_statistics
 from vipo.psm.agreement import agreement
+from vipo.psm.latent_grid import spread_time
 from vipo.types import check_choice
 
 FPS = 8.0
@@ -128,9 +129,7 @@ class Clip:
 
     def per_frame(self, maps: Tensor) -> Tensor:
         """Give every pixel frame the map of its latent frame: (T, H, W) -> (F, H, W)."""
-        counts = torch.full((len(maps),), self.temporal_compression)
-        counts[0] = 1 if self.first_frame_alone else self.temporal_compression
-        return maps.repeat_interleave(counts, 0)
+        return spread_time(maps[None], self.temporal_compression, first_frame_alone=self.first_frame_alone)[0]
 
     def measure(self, maps: Tensor) -> dict[str, float]:
         """Agreement of maps (T, H, W) with the mask over all pixels of all frames; the maps are resized to them."""

@@ -99,3 +99,28 @@ def pool_time(
     alone = int(first_frame_alone)
     groups = torch.unflatten(maps[:, alone:], 1, (latent_frames - alone, temporal_compression)).mean(2)
     return torch.cat([maps[:, :alone], groups], dim=1)
+
+
+def spread_time(maps: Tensor, temporal_compression: int = 1, *, first_frame_alone: bool = True) -> Tensor:
+    """Give every pixel frame the map of the latent frame that it belongs to; `pool_time` undoes it.
+
+        m[0] = M[0],   m[f] = M[1 + (f - 1) // c]  for f >= 1      first frame alone
+        m[f] = M[f // c]                                           otherwise
+
+    Args:
+        maps: (N, T, H, W).
+        temporal_compression: c, pixel frames per latent frame.
+        first_frame_alone: see `pool_time`.
+
+    Returns:
+        (N, F, H, W).
+
+    Raises:
+        ValueError: wrong rank, or c below 1.
+    """
+    sizes = check_shape("maps", maps, "N T H W")
+    if temporal_compression < 1:
+        raise ValueError(f"expected temporal_compression >= 1, got {temporal_compression}")
+    counts = torch.full((sizes["T"],), temporal_compression, device=maps.device)
+    counts[:1] = 1 if first_frame_alone else temporal_compression
+    return maps.repeat_interleave(counts, dim=1)

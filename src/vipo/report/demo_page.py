@@ -87,7 +87,7 @@ class MetricRow:
 
 @dataclass(frozen=True)
 class Cell:
-    """One image of the gallery, None where it was not recorded."""
+    """One image or clip of the gallery, None where it was not recorded."""
 
     key: str
     label: str
@@ -97,7 +97,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Sample:
-    """One prompt of the gallery with its images."""
+    """One prompt of the gallery with what each model made of it."""
 
     prompt: str
     cells: tuple[Cell, ...]
@@ -119,7 +119,10 @@ def demo_context(run: DemoRun) -> dict[str, object]:
     rows = [_metric_row(position, metric, means, differences) for position, metric in enumerate(metrics)]
     samples = _gallery(run.path, summary)
     seed = _whole(summary.get("seed"))
+    clips = text(summary.get("modality")) == "video"
+    command = "vipo demo" + (" --video" if clips else "") + ("" if seed is None else f" --seed {seed}")
     return {
+        "noun": "clip" if clips else "image",
         "anchors": [anchor for anchor in ANCHORS if anchor[0] != "signal" or mapping_at(summary, "signal")],
         "version": text(summary.get("vipo_version")),
         "threads": _whole(summary.get("threads")),
@@ -146,7 +149,7 @@ def demo_context(run: DemoRun) -> dict[str, object]:
         "signal": _signal(summary),
         "config_text": run.config_text,
         "environment": environment_rows(summary, mapping_at(summary, "versions")),
-        "command": text(summary.get("command")) or ("vipo demo" if seed is None else f"vipo demo --seed {seed}"),
+        "command": text(summary.get("command")) or command,
     }
 
 
@@ -246,7 +249,7 @@ def _gallery(run_dir: Path, summary: JsonObject) -> list[Sample]:
 
 
 def _embed(run_dir: Path, relative: object, budget: int) -> Picture | None:
-    """Embed an image named by the summary, None when it names none or the file is absent."""
+    """Embed an image or clip named by the summary, None when it names none or the file is absent."""
     if relative is None:
         return None
     path = inside(run_dir, text(relative))
@@ -254,7 +257,7 @@ def _embed(run_dir: Path, relative: object, budget: int) -> Picture | None:
 
 
 def _example(sample: Sample) -> dict[str, object] | None:
-    """Return the ViPO image of a sample and its map, for the explanation of what a map is; None without both."""
+    """Return ViPO's image or clip of a sample and its map, for the explanation of what a map is; None without both."""
     found = {cell.key: cell.picture for cell in sample.cells if cell.picture is not None}
     if "vipo" not in found or "map" not in found:
         return None

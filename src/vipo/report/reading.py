@@ -26,11 +26,13 @@ class Sheet:
 
     Attributes:
         iteration: the iteration after which it was drawn; 0 is the model before training.
-        path: the PNG file.
+        path: the PNG file; of clips, a film strip.
+        animation: the WebP file beside it in which the clips play, None for stills.
     """
 
     iteration: int
     path: Path
+    animation: Path | None
 
 
 @dataclass(frozen=True)
@@ -343,7 +345,10 @@ def _read_config(run_dir: Path) -> str | None:
 def _read_sheets(run_dir: Path, folder: str) -> tuple[Sheet, ...]:
     """List the contact sheets of one folder in order of iteration."""
     matches = ((SHEET_NAME.fullmatch(path.name), path) for path in inside(run_dir, folder).glob("*.png"))
-    sheets = [
-        Sheet(int(match[1]), inside(run_dir, f"{folder}/{path.name}")) for match, path in matches if match is not None
-    ]
+    sheets = []
+    for match, path in matches:
+        if match is not None:
+            animation = inside(run_dir, f"{folder}/{path.stem}.webp")
+            strip = inside(run_dir, f"{folder}/{path.name}")
+            sheets.append(Sheet(int(match[1]), strip, animation if animation.is_file() else None))
     return tuple(sorted(sheets, key=lambda sheet: sheet.iteration))

@@ -25,7 +25,7 @@
       button.addEventListener("click", function () {
         var image = button.querySelector("img");
         var large = dialog.querySelector("img");
-        large.src = image.src;
+        large.src = image.currentSrc || image.src;
         large.alt = image.alt;
         large.className = button.classList.contains("pixel") ? "pixel" : "";
         dialog.querySelector("p").textContent = image.alt;

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from vipo.report.charts import FloatArray, Series, Size, line_chart, moving_mean, smoothing_window, thin, time_chart
-from vipo.report.images import Picture, embed
+from vipo.report.images import Picture, embed, embed_clips
 from vipo.report.reading import Sheet, TrainRun
 from vipo.report.wording import compact, counted, duration, listed
 
@@ -265,7 +265,7 @@ def time_section(arms: Sequence[Arm], chart_id: str) -> TimeSection:
 
 
 def sheet_section(columns: Sequence[tuple[str, tuple[Sheet, ...]]], most_steps: int) -> SheetSection | None:
-    """Embed contact sheets, evenly spaced over the iterations, within `SHEET_BUDGET` bytes.
+    """Embed contact sheets, of clips animated ones, evenly spaced over the iterations, within `SHEET_BUDGET` bytes.
 
     Args:
         columns: (caption, sheets) of each kind of sheet; kinds without sheets are left out.
@@ -283,7 +283,7 @@ def sheet_section(columns: Sequence[tuple[str, tuple[Sheet, ...]]], most_steps: 
     steps = [
         SheetStep(
             iteration,
-            tuple(embed(sheets[iteration].path, budget) if iteration in sheets else None for _, sheets in kept),
+            tuple(_embed_sheet(sheets[iteration], budget) if iteration in sheets else None for _, sheets in kept),
         )
         for iteration in chosen
     ]
@@ -291,6 +291,11 @@ def sheet_section(columns: Sequence[tuple[str, tuple[Sheet, ...]]], most_steps: 
     return SheetSection(
         tuple(caption for caption, _ in kept), tuple(steps), recompressed, len(iterations) - len(chosen)
     )
+
+
+def _embed_sheet(sheet: Sheet, budget: int) -> Picture:
+    """Embed a sheet: of clips the animation, and the film strip for readers who want no motion."""
+    return embed(sheet.path, budget) if sheet.animation is None else embed_clips(sheet.animation, sheet.path, budget)
 
 
 def environment_rows(summary: Mapping[str, object], versions: Mapping[str, object]) -> list[tuple[str, str]]:

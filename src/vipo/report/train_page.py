@@ -47,6 +47,7 @@ def train_context(run: TrainRun) -> dict[str, object]:
     state = text(run.summary.get("state"))
     return {
         "anchors": ANCHORS,
+        "noun": "clip" if any(sheet.animation for sheet in run.samples) else "image",
         "name": run.path.resolve().name,
         "verdict": train_verdict(len(run.records), first, last, window, state),
         "cards": _cards(run, last, window, state),
