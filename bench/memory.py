@@ -230,14 +230,20 @@ def plan(model: Model, config: Config) -> tuple[Call, int]:
 
 
 def recorded(config: Config, model: Model, inputs: dict[str, Any], calls: int) -> int:
-    """Bytes that the trajectories of an iteration hold, and the frames of it and of the previous one."""
-    sampling, n = config.sampling, config.num_samples
+    """Bytes that the trajectories of an iteration hold, and the frames of it and of the previous one.
+
+    The micro-batch that is being sampled holds all of its steps, the others the trained ones at most.
+    """
+    sampling, n, steps = config.sampling, config.num_samples, config.trained_steps
     t, h, w = latent_grid(config)
-    elements = n * model.latent_channels * t * h * w
+    elements = model.latent_channels * t * h * w
     first, end = sampling.reach
-    latents = elements * (sampling.num_inference_steps + 1) * (4 if model.float32_latents else 2)
-    log_probs = elements * (sampling.window or end - first) * 4
-    reference = elements * config.trained_steps * 4 if config.loss.kl_beta > 0 else 0
+    sampled, waiting = micro_batch(config), n - micro_batch(config)
+    all_latents = sampling.num_inference_steps + 1
+    latents = sampled * all_latents + waiting * min(2 * steps + 2, all_latents)
+    latents = elements * latents * (4 if model.float32_latents else 2)
+    log_probs = elements * (sampled * (sampling.window or end - first) + waiting * steps) * 4
+    reference = elements * n * steps * 4 if config.loss.kl_beta > 0 else 0
     embeddings = sum(inputs[name].nbytes for name in ("encoder_hidden_states", "pooled_projections") if name in inputs)
     frames = n * sampling.call.get("num_frames", 1) * 3 * 8 * h * 8 * w * 4
     return latents + log_probs + reference + embeddings * calls * -(-n // micro_batch(config)) + 2 * frames

@@ -181,7 +181,7 @@ def test_the_recorded_bytes_are_those_of_a_trajectory():
     family = MODELS["wan"]
     policy = DiffusersPolicy(build("wan"), kernel="flow_grpo", device="cpu")
     traj = policy.rollout(["a red hat"] * 2, seeds=[0, 1], num_inference_steps=3, **family.call)
-    held = [t for step in traj.steps for t in (step.latents, step.next_latents, step.log_probs)]
+    held = [t for step in traj.steps.values() for t in (step.latents, step.next_latents, step.log_probs)]
     tensors = [t for t in tree_leaves([held, traj.encoded, traj.prepared]) if isinstance(t, Tensor)]
     stored = sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
     config = Config.from_mapping(
