@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vipo.advantages import constant_groups, group_advantages, pixel_advantages
+from vipo.advantages import constant_groups, group_advantages, pixel_advantages, weighted_advantages
 
 
 def test_literal_numbers():
@@ -83,3 +83,20 @@ def test_pixel_advantages_refuse_bad_maps():
         pixel_advantages(torch.zeros(2), torch.ones(1, 1, 2, 2))
     with pytest.raises(FloatingPointError, match="maps is not finite"):
         pixel_advantages(torch.zeros(1), torch.full((1, 1, 2, 2), float("inf")))
+
+
+def test_several_rewards_are_normalised_apart_or_summed():
+    first, second = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([100.0, 0.0, 0.0, 100.0])
+    rewards, weights = torch.stack([first, second]), torch.tensor([1.0, 0.5])
+    apart = weighted_advantages(rewards, weights, 2)
+    expected = group_advantages(first, 2) + 0.5 * group_advantages(second, 2)
+    torch.testing.assert_close(apart, expected, rtol=0, atol=1e-6)
+    assert apart.tolist() == pytest.approx([-0.5, 0.5, -1.5, 1.5], abs=1e-3)  # each reward has a say of its weight
+    summed = weighted_advantages(rewards, weights, 2, combine="rewards")
+    assert summed.tolist() == pytest.approx(
+        [1, -1, -1, 1], abs=1e-3
+    )  # the one with the larger numbers drowns the other
+    with pytest.raises(ValueError, match="combine: expected advantages or rewards, got 'both'"):
+        weighted_advantages(rewards, weights, 2, combine="both")
+    with pytest.raises(ValueError, match=r"rewards: expected shape \(R, N\) with R = 1"):
+        weighted_advantages(rewards, weights[:1], 2)

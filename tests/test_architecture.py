@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "vipo"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
-    {"types", "files", "windows", "nano"},
+    {"types", "files", "windows", "named", "nano"},
     {"kernels", "advantages", "losses", "psm", "config", "prompts", "loading", "media", "offload", "trainable"},
     {"scheduler", "pipelines", "rewards", "maps", "pictures"},
     {"policy"},

@@ -11,6 +11,7 @@ from vipo import Config, DiffusersPolicy, PerceptualStructuring, Trainer
 from vipo.checkpoint import list_checkpoints
 from vipo.prompts import prompt_batch
 from vipo.psm import BackboneError
+from vipo.rewards.mixture import RewardMixture
 from vipo.runlog import read_metrics
 from vipo.trainer import make_policy
 
@@ -27,7 +28,9 @@ def brightness(frames, prompts):
     return frames.mean((1, 2, 3, 4))
 
 
-def make(tmp_path, reward=brightness, train="lora", backbone=colour_backbone, on_failure="stop", **sections):
+def make(
+    tmp_path, reward=brightness, train="lora", backbone=colour_backbone, on_failure="stop", name="nano", **sections
+):
     prompts = tmp_path / "prompts.txt"
     if not prompts.exists():
         prompts.write_text("a red cat\ntwo dogs\na green house\n")
@@ -36,7 +39,7 @@ def make(tmp_path, reward=brightness, train="lora", backbone=colour_backbone, on
             "kernel": "flow_grpo", "num_inference_steps": 4, "height": 32, "width": 32, "eta": 0.7, "call": CALL,
         },
         "prompts": {"path": str(prompts), "per_iteration": 2, "group_size": 3},
-        "reward": {"on_failure": on_failure},
+        "reward": {"on_failure": on_failure, "name": name},
         "optimizer": {"step_fraction": 1.0, "learning_rate": 1e-3},
         "run": {"output": str(tmp_path / "run"), "iterations": 3, "save_every": 2, "sample_every": 2},
     }  # fmt: skip
@@ -144,6 +147,20 @@ def test_a_nan_reward_stops_and_names_the_sample(tmp_path):
     ):
         trainer.step(0)
     assert torch.equal(weights(trainer), before)
+
+
+def test_several_rewards_have_weights_and_are_logged_apart(tmp_path):
+    names = {"redness": 1.0, "test_trainer:brightness": -0.5}
+    trainer = make(tmp_path, reward=None, name=names)
+    metrics = trainer.step(0)
+    means = [metrics[f"reward_mean/{name}"] for name in names]
+    assert metrics["reward_mean"] == pytest.approx(means[0] - 0.5 * means[1], abs=1e-6)
+    assert means[1] == pytest.approx(trainer.frames.mean().item(), abs=1e-5)
+    with pytest.raises(ValueError, match="reward.name: expected at least one reward, and weights other than 0"):
+        make(tmp_path, name={"redness": 0.0})
+    credit = {"redness": lambda f, p: (brightness(f, p), f.mean(2)), "b": lambda f, p: (brightness(f, p), f.mean(2))}
+    with pytest.raises(ValueError, match="expected a credit map of one reward at most, got redness, b"):
+        RewardMixture(credit)(trainer.frames, ["a"] * len(trainer.frames))
 
 
 def test_a_nan_reward_may_drop_its_group(tmp_path):

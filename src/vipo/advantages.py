@@ -50,6 +50,40 @@ def group_advantages(
     return advantages.flatten()
 
 
+def weighted_advantages(
+    rewards: Tensor,
+    weights: Tensor,
+    group_size: int,
+    *,
+    combine: Literal["advantages", "rewards"] = "advantages",
+    std: Literal["population", "sample"] = "population",
+    clip: float | None = 5.0,
+) -> Tensor:
+    """Combine R rewards (GDPO, arXiv 2601.05242; ViPO normalises VQ and MQ apart; docs/equations.md A3).
+
+        advantages:  A = sum_r w_r A_r,  each A_r normalised within its groups
+        rewards:     A = the group advantage of sum_r w_r r_r
+
+    Args:
+        rewards: (R, N).
+        weights: (R,).
+        group_size: G >= 2.
+        combine: what is summed.
+        std: see `group_advantages`, as for the next.
+        clip: bound of each normalised advantage, in standard deviations.
+
+    Returns:
+        (N,) float32.
+    """
+    check_shape("rewards", rewards, "R N", check_shape("weights", weights, "R"))
+    weights = weights.to(rewards.device, torch.float32)
+    if combine == "rewards":
+        return group_advantages(weights @ rewards.float(), group_size, std=std, clip=clip)
+    if combine != "advantages":
+        raise ValueError(f"combine: expected advantages or rewards, got {combine!r}")
+    return weights @ torch.stack([group_advantages(row, group_size, std=std, clip=clip) for row in rewards])
+
+
 def constant_groups(rewards: Tensor, group_size: int) -> Tensor:
     """Count the groups whose rewards are all equal, and which therefore teach nothing: 0-dim int64."""
     return _constant(_grouped(rewards, group_size)).sum()

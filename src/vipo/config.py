@@ -6,13 +6,14 @@ Every field has its meaning, unit and default here; `vipo train --help` prints t
 from __future__ import annotations
 
 import difflib
-import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .named import read_yaml
 
 
 class Section(BaseModel):
@@ -155,14 +156,27 @@ class PromptsConfig(Section):
 class RewardConfig(Section):
     """What is rewarded."""
 
-    name: str = "nano"
-    """"nano" (embedded preference scorer), redness, or package.module:function."""
+    name: str | dict[str, float] = "nano"
+    """One reward (a name of docs/rewards.md, or package.module:function), or several with their weights."""
+    combine: Literal["advantages", "rewards"] = "advantages"
+    """Of several: weighted sum of the advantages that each gives alone (the ViPO paper: VQ and MQ), or of rewards."""
     on_failure: Literal["stop", "drop"] = "stop"
     """A reward that is NaN or infinite: stop the run, or drop the sample's whole group and count it."""
     std: Literal["population", "sample"] = "population"
     """Divisor of the group's standard deviation: G or G - 1."""
     advantage_clip: Annotated[float, Field(gt=0)] | None = 5.0
     """Bound of the group advantages, in standard deviations; null for none."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight by name."""
+        return {self.name: 1.0} if isinstance(self.name, str) else self.name
+
+    @model_validator(mode="after")
+    def _check(self) -> RewardConfig:
+        if not self.weights or not all(self.weights.values()):
+            raise ValueError(f"reward.name: expected at least one reward, and weights other than 0, got {self.name}")
+        return self
 
 
 class MapConfig(Section):
@@ -351,49 +365,6 @@ class Config(Section):
     def to_yaml(self) -> str:
         """The resolved config, every key written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def import_function(key: str, name: str, signature: str) -> Callable[..., Any]:
-    """Import a user's "package.module:function" that a config names.
-
-    Args:
-        key: of the config, for the error.
-        name: "package.module:function".
-        signature: what it should be, for the error.
-
-    Raises:
-        ValueError: no such module or function, or not callable.
-    """
-    module, _, function = name.partition(":")
-    try:
-        found = getattr(importlib.import_module(module), function)
-    except ImportError as error:
-        raise ValueError(f"{key}: cannot import {module!r} for {name!r}: {error}; is it on PYTHONPATH?") from error
-    except AttributeError:
-        raise ValueError(f"{key}: module {module!r} has no {function!r}") from None
-    if not callable(found):
-        raise ValueError(f"{key}: {name!r} is not callable; expected a function {signature}")
-    imported: Callable[..., Any] = found
-    return imported
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping; ValueError says what is wrong with the file."""
-    try:
-        mapping = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"config: no such file: {path}") from None
-    except IsADirectoryError:
-        raise ValueError(f"config: {path} is a folder, expected a YAML file") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"config: {path} is not UTF-8: {error.reason} at byte {error.start}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
-    if mapping is None:
-        return {}
-    if not isinstance(mapping, dict):
-        raise ValueError(f"config: {path}: expected sections (model:, prompts:, ...), got {type(mapping).__name__}")
-    return {key: {} if value is None else value for key, value in mapping.items()}
 
 
 def _describe(error: Any) -> str:

@@ -13,10 +13,11 @@ import torch
 import yaml
 from torch import Tensor
 
-from .config import Config, read_yaml
+from .config import Config
 from .evaluation import Values, bootstrap_mean, evaluate, paired_difference
 from .files import write_atomically
 from .media import to_image
+from .named import read_yaml
 from .nano import ASSETS
 from .nano.world import measure
 from .pictures import overlay, sheet

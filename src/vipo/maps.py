@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from .config import MapConfig, import_function
+from .config import MapConfig
 from .media import read_frames
+from .named import import_function
 from .psm import LatentAllocation, PerceptualStructuring, control_maps
 from .types import check_shape
 

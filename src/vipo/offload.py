@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -70,13 +70,13 @@ class IdleParts:
 
 
 @contextlib.contextmanager
-def visiting(part: Any, device: torch.device, mode: Offload) -> Iterator[None]:
-    """Have a reward or a backbone on the accelerator for the length of a block, if it is a module and may be moved."""
-    moved = mode != "none" and isinstance(part, nn.Module)
-    if moved:
-        part.to(device)
+def visiting(parts: Iterable[Any], device: torch.device, mode: Offload) -> Iterator[None]:
+    """Have rewards or a backbone on the accelerator for the length of a block, those that are modules."""
+    modules = [part for part in parts if mode != "none" and isinstance(part, nn.Module)]
+    for module in modules:
+        module.to(device)
     try:
         yield
     finally:
-        if moved:
-            part.to("cpu")
+        for module in modules:
+            module.to("cpu")

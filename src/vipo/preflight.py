@@ -16,7 +16,6 @@ from .config import Config
 from .losses import policy_loss
 from .policy import DiffusersPolicy
 from .psm import map_statistics
-from .rewards import score
 from .runlog import check_output
 from .trainer import Trainer
 from .types import Trajectory
@@ -74,11 +73,13 @@ def preflight(config: Config) -> list[Finding]:
     findings.append(Finding("rollout", True, f"{rollout / 2:.2f} s per sample; latents C={c} T={t} H={h} W={w}"))
     findings.append(_replay(policy, traj))
     frames = policy.decode(traj)
-    rewards, credit = score(trainer.reward, frames, pair)
+    rewards, credit = trainer.reward(frames, pair)
     finite = bool(torch.isfinite(rewards).all())
-    findings.append(
-        Finding("reward", finite, f"{config.reward.name}: {', '.join(f'{r:.3f}' for r in rewards.tolist())}")
-    )
+    found = [
+        f"{name}: {', '.join(f'{r:.3f}' for r in row)}"
+        for name, row in zip(trainer.reward.rewards, rewards.tolist(), strict=True)
+    ]
+    findings.append(Finding("reward", finite, "; ".join(found)))
     findings.append(_map(trainer, frames, traj, credit))
     if not finite:
         return findings

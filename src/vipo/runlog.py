@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -111,6 +115,26 @@ class RunLog:
             write_image(self.folder / folder / f"{name}.png", picture)
         if self._events is not None:
             self._events.add_image("samples", np.asarray(sheets["samples"]), iteration, dataformats="HWC")
+
+
+class PhaseClock:
+    """Wall-clock seconds by phase; waits for the device only at the end of a phase."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.times, self.started = device, {}, time.perf_counter()
+
+    times: dict[str, float]
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.times[f"seconds_{phase}"] = round(time.perf_counter() - started, 4)
+
+    def seconds(self) -> dict[str, float]:
+        return {**self.times, "seconds": round(time.perf_counter() - self.started, 4)}
 
 
 def write_summary(folder: Path, values: dict[str, Any]) -> None:

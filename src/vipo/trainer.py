@@ -7,8 +7,7 @@ import logging
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
@@ -19,7 +18,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from . import __version__
-from .advantages import constant_groups, group_advantages, pixel_advantages
+from .advantages import constant_groups, pixel_advantages, weighted_advantages
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import Config
 from .losses import LossStats, policy_loss
@@ -30,8 +29,9 @@ from .policy import DiffusersPolicy
 from .prompts import prompt_batch, read_prompts
 from .psm import PerceptualStructuring, map_statistics
 from .psm.latent_grid import frame_groups
-from .rewards import Reward, load_reward, score
-from .runlog import RunLog, check_output, write_summary
+from .rewards import Reward, load_reward
+from .rewards.mixture import RewardMixture
+from .runlog import PhaseClock, RunLog, check_output, write_summary
 from .trainable import LORA_TARGETS
 from .types import PromptBatch, Trajectory, require_finite
 from .windows import stochastic_window
@@ -68,7 +68,9 @@ class Trainer:
         torch.manual_seed(config.run.seed)  # the adapter's initial weights
         self.policy = policy or make_policy(config)
         waits = "cpu" if config.model.offload != "none" else self.policy.device
-        self.reward = reward or load_reward(config.reward.name, waits)
+        weights = config.reward.weights
+        rewards = {name: reward or load_reward(name, waits) for name in weights}
+        self.reward = RewardMixture(rewards, weights)
         self.map_source = MapSource(config.map, waits, psm=psm)
         self.map_source.check([prompt.text for prompt in self.prompts])
         if config.model.gradient_checkpointing:
@@ -123,7 +125,7 @@ class Trainer:
         advantage times its map; nothing non-finite reaches the optimizer.
         """
         config = self.config
-        clock = _Clock(self.policy.device)
+        clock = PhaseClock(self.policy.device)
         batch = prompt_batch(
             self.prompts,
             iteration,
@@ -136,29 +138,38 @@ class Trainer:
         with clock("rollout"):
             decoded, plan = self._rollout(batch, iteration)
             trajectories, buckets = [traj for traj, _ in decoded], _buckets(decoded)
-        with clock("reward"), visiting(self.reward, device, offload):
-            scores = [score(self.reward, bucket.frames, bucket.prompts) for bucket in buckets]
-            rewards, kept = self._check_rewards(torch.cat([found.rewards for found in scores]), batch)
+        with clock("reward"), visiting(self.reward.rewards.values(), device, offload):
+            scores = [self.reward(bucket.frames, bucket.prompts) for bucket in buckets]
+            rewards = torch.cat([found.rewards for found in scores], 1)
+            kept = self.reward.keep(rewards, batch.prompts, batch.group_size, config.reward.on_failure)
         sizes = [len(bucket.frames) for bucket in buckets]
-        with clock("map"), visiting(self.map_source.backbone, device, offload):
+        with clock("map"), visiting([self.map_source.backbone], device, offload):
             maps = [
                 self.allocation_maps(b.frames, b.prompts, b.grid, iteration=iteration, credit=found.credit_of(part))
                 for b, found, part in zip(buckets, scores, kept.split(sizes), strict=True)
             ]
-        advantages = torch.zeros_like(rewards)
-        advantages[kept] = group_advantages(
-            rewards[kept], batch.group_size, std=config.reward.std, clip=config.reward.advantage_clip
+        advantages = torch.zeros(len(kept), device=rewards.device)
+        rewards = rewards[:, kept]
+        advantages[kept] = weighted_advantages(
+            rewards,
+            self.reward.weights,
+            batch.group_size,
+            combine=config.reward.combine,
+            std=config.reward.std,
+            clip=config.reward.advantage_clip,
         )
         with clock("update"):
             structured = [pixel_advantages(share, m) for share, m in zip(advantages.split(sizes), maps, strict=True)]
             losses = self._update(trajectories, structured, plan)
         self.frames, self.maps = buckets[0].frames, maps[0]
-        grouped = rewards[kept].view(-1, batch.group_size)
+        total = self.reward.weights.to(rewards.device) @ rewards
+        grouped = total.view(-1, batch.group_size)
         metrics = {
             "reward_mean": grouped.mean(),
             "reward_std": grouped.std(correction=0),
             "group_std": grouped.std(1, correction=0).mean(),
-            "constant_groups": constant_groups(rewards[kept], batch.group_size),
+            **{f"reward_mean/{name}": mean for name, mean in self.reward.means(rewards).items()},
+            "constant_groups": constant_groups(total, batch.group_size),
             "dropped_groups": (~kept).sum() // batch.group_size,
             "advantage_abs": advantages.abs().mean(),
             **losses,
@@ -205,25 +216,6 @@ class Trainer:
             traj.keep([k for steps in plan for k in steps])
             decoded.append((traj.to("cpu") if sampling.store_on_cpu else traj, frames))
         return decoded, plan
-
-    def _check_rewards(self, rewards: Tensor, batch: PromptBatch) -> tuple[Tensor, Tensor]:
-        """Return rewards and which samples are kept (N,): all, unless a group had a bad reward and is dropped."""
-        bad = ~torch.isfinite(rewards)
-        if bool(bad.any()):
-            first = int(bad.nonzero()[0])
-            message = (
-                f"reward {self.config.reward.name!r} returned {rewards[first].item()} for sample {first} of "
-                f"{len(rewards)}, prompt {batch.prompts[first]!r}"
-            )
-            if self.config.reward.on_failure == "stop":
-                raise FloatingPointError(f"{message}; set reward.on_failure=drop to drop such groups and go on")
-            log.warning("%s: its group is dropped", message)
-        kept = ~bad.view(-1, batch.group_size).any(1).repeat_interleave(batch.group_size)
-        if not bool(kept.any()):
-            raise FloatingPointError(
-                f"reward {self.config.reward.name!r}: every group of the iteration had a bad reward"
-            )
-        return torch.where(bad, torch.zeros_like(rewards), rewards), kept
 
     def allocation_maps(
         self,
@@ -345,26 +337,6 @@ def _mean_statistics(maps: Sequence[Tensor]) -> dict[str, Tensor]:
         "constant": torch.stack([f["constant"] for f in found]).sum(),
         "max": torch.stack([f["max"] for f in found]).amax(),
     }
-
-
-class _Clock:
-    """Wall-clock seconds by phase; waits for the device only at the end of a phase."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.times, self.started = device, {}, time.perf_counter()
-
-    times: dict[str, float]
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.times[f"seconds_{phase}"] = round(time.perf_counter() - started, 4)
-
-    def seconds(self) -> dict[str, float]:
-        return {**self.times, "seconds": round(time.perf_counter() - self.started, 4)}
 
 
 def make_policy(config: Config) -> DiffusersPolicy:

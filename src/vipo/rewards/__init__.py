@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..config import import_function
+from ..named import import_function
 from ..types import check_shape
 from .preference import ClipPreference
 from .rules import redness

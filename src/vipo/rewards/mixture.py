@@ -1,0 +1,75 @@
+"""One or several rewards of a run: scored together, checked, dropped by group where one has failed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from . import Reward, Scores, score
+
+log = logging.getLogger(__name__)
+
+
+class RewardMixture:
+    """Several rewards by name, in the order of their weights.
+
+    Args:
+        rewards: by name.
+        weights: by name, any sign but not 0; default 1 each.
+    """
+
+    def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float] | None = None) -> None:
+        self.rewards = dict(rewards)
+        self.weights = torch.tensor([1.0 if weights is None else weights[name] for name in self.rewards])
+
+    def __call__(self, frames: Tensor, prompts: Sequence[str]) -> Scores:
+        """Score frames (N, F, 3, Y, X) for N prompts.
+
+        Returns:
+            `rewards` (R, N), and the `credit` of the one reward that returned one.
+
+        Raises:
+            ValueError: a reward returned something else, or several returned a credit map.
+        """
+        found = {name: score(reward, frames, prompts) for name, reward in self.rewards.items()}
+        credits = {name: scores.credit for name, scores in found.items() if scores.credit is not None}
+        if len(credits) > 1:
+            raise ValueError(f"reward: expected a credit map of one reward at most, got {', '.join(credits)}")
+        return Scores(torch.stack([scores.rewards for scores in found.values()]), next(iter(credits.values()), None))
+
+    def means(self, rewards: Tensor) -> dict[str, Tensor]:
+        """Mean of each reward over the samples of (R, N), by name, where there are several."""
+        return dict(zip(self.rewards, rewards.mean(1), strict=True)) if len(self.rewards) > 1 else {}
+
+    def keep(self, rewards: Tensor, prompts: Sequence[str], group_size: int, on_failure: str) -> Tensor:
+        """Find the groups without a failure.
+
+        Args:
+            rewards: (R, N), NaN or infinite where a reward has failed.
+            prompts: N.
+            group_size: G.
+            on_failure: "stop", or "drop" to do without the group of a failure.
+
+        Returns:
+            Which samples are kept: (N,) bool.
+
+        Raises:
+            FloatingPointError: a reward has failed and on_failure is "stop", or every group has a failure.
+        """
+        bad = ~torch.isfinite(rewards)
+        if bool(bad.any()):
+            row, first = bad.nonzero()[0].tolist()
+            message = (
+                f"reward {list(self.rewards)[row]!r} returned {rewards[row, first].item()} for sample {first} of "
+                f"{len(prompts)}, prompt {prompts[first]!r}"
+            )
+            if on_failure == "stop":
+                raise FloatingPointError(f"{message}; set reward.on_failure=drop to drop such groups and go on")
+            log.warning("%s: its group is dropped", message)
+        kept = ~bad.any(0).view(-1, group_size).any(1).repeat_interleave(group_size)
+        if not bool(kept.any()):
+            raise FloatingPointError("reward: every group of the iteration had a bad reward")
+        return kept
