@@ -16,7 +16,7 @@ from . import __version__
 DESCRIPTION = """\
 Post-train image and video generators with pixel-level advantages (ViPO, arXiv 2511.18719).
 
-  vipo demo                        post-train the embedded pipeline by GRPO and by ViPO, and compare (minutes, no GPU)
+  vipo demo [--video]              post-train an embedded pipeline by GRPO and by ViPO, and compare (minutes, no GPU)
   vipo check CONFIG.yaml           try every part of a run in seconds, before the run
   vipo maps INPUT... -o OUT        see and measure the allocation maps of your own pictures and clips
   vipo train CONFIG.yaml           train any diffusers pipeline, images or video
@@ -52,8 +52,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     demo = commands.add_parser("demo", help="GRPO against ViPO on the embedded pipeline", description=_demo.__doc__)
+    demo.add_argument("--video", action="store_true", help="clips: the embedded text-to-video pipeline")
     demo.add_argument(
-        "-o", "--output", type=Path, default=Path("runs/demo"), help="run directory (default: %(default)s)"
+        "-o", "--output", type=Path, help="run directory (default: runs/demo, with --video runs/demo_video)"
     )
     demo.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
     demo.add_argument("--iterations", type=int, help="iterations per method (default: the recipe's)")
@@ -148,20 +149,23 @@ def _load(options: argparse.Namespace) -> Any:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    """Post-train the embedded text-to-image pipeline by scalar GRPO and by ViPO from the same weights, prompts, seeds
-    and budget; evaluate base, GRPO and ViPO on held-out prompts; write report.html and summary.json."""
+    """Post-train the embedded text-to-image pipeline, or with --video the text-to-video one, by scalar GRPO and by ViPO
+    from the same weights, prompts, seeds and budget; evaluate base, GRPO and ViPO on held-out prompts; write
+    report.html and summary.json."""
     if options.iterations is not None and options.iterations < 1:
         raise ValueError(f"--iterations: expected at least 1, got {options.iterations}")
     if options.prompts < 2 or options.seed < 0:
         raise ValueError("--prompts: expected at least 2; --seed: expected at least 0")
     from rich.console import Console
 
-    from .demo import METHODS, run_demo
+    from .demo import run_demo
+    from .demo_kinds import CLIPS, IMAGES, METHODS
 
-    console = Console()
+    console, output = Console(), options.output or Path("runs/demo_video" if options.video else "runs/demo")
     with _progress(console) as bars:
         summary = run_demo(
-            options.output,
+            output,
+            CLIPS if options.video else IMAGES,
             seed=options.seed,
             iterations=options.iterations,
             prompts=options.prompts,
@@ -169,7 +173,7 @@ def _demo(options: argparse.Namespace) -> int:
             progress=_reporter(bars),
         )
     console.print(_table(summary, METHODS))
-    console.print(f"{summary['times']['total']:.0f} s; open {options.output / 'report.html'}", highlight=False)
+    console.print(f"{summary['times']['total']:.0f} s; open {output / 'report.html'}", highlight=False)
     return 0
 
 

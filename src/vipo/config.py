@@ -52,7 +52,7 @@ class ModelConfig(Section):
     """Which pipeline is trained, and which of its weights."""
 
     path: str = "nano"
-    """"nano" (embedded), a folder written by save_pretrained, or a hub id."""
+    """"nano" or "nano_video" (embedded), a folder written by save_pretrained, or a hub id."""
     train: Literal["lora", "full"] = "lora"
     """Train a LoRA adapter, or all weights of the denoiser."""
     denoisers: list[str] | None = None
@@ -146,7 +146,7 @@ class PromptsConfig(Section):
     """Which prompts, and how they form groups."""
 
     path: str = "nano"
-    """"nano" (embedded training prompts) or a UTF-8 text file with one prompt per line."""
+    """"nano" or "nano_video" (embedded), a text file with one prompt per line, or .jsonl with keywords."""
     per_iteration: Positive = 4
     """Prompts (groups) per iteration."""
     group_size: Annotated[int, Field(ge=2)] = 8

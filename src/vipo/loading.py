@@ -12,7 +12,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import get_peft_model_state_dict
 from torch import nn
 
-from .nano import resolve
+from .nano import assets_path, resolve
 
 CALL_FILE = "vipo.json"
 """Optional file in a pipeline folder: {"call": {...}}, keywords that every call of this pipeline needs."""
@@ -48,18 +48,20 @@ def save_lora(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module], fold
 
 
 def load_pipeline(name: str | Path, dtype: torch.dtype | None = None) -> tuple[DiffusionPipeline, dict[str, Any]]:
-    """Load a pipeline ("nano", a folder or a hub id; safetensors only) and the keywords its calls need.
+    """Load a pipeline ("nano", "nano_video", a folder or a hub id; safetensors only) and the keywords its calls need.
 
     Raises:
         ValueError: there is no such folder or hub id, or it holds no pipeline.
     """
-    path = resolve(str(name), "t2i")
+    path = str(assets_path("t2v")) if name == "nano_video" else resolve(str(name), "t2i")
     folder = Path(path)
     local = folder.is_dir()
     if local and not (folder / "model_index.json").is_file():
         raise ValueError(f"pipeline: no model_index.json in {folder}; expected a folder written by save_pretrained")
     if not local and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
-        raise ValueError(f"pipeline: no such folder: {path}; give a folder, a hub id like owner/name, or nano")
+        raise ValueError(
+            f"pipeline: no such folder: {path}; give a folder, a hub id (owner/name), nano or nano_video"
+        )
     index = json.loads((folder / "model_index.json").read_text()) if local else {}
     absent = {name: None for name, entry in index.items() if entry == [None, None]}  # such as SD3's T5
     try:

@@ -13,12 +13,13 @@ from .media import read_frames, to_image
 from .nano import ASSETS
 from .types import Prompt, PromptBatch
 
+EMBEDDED = {"nano": ASSETS / "prompts_train.txt", "nano_video": ASSETS / "prompts_video_train.txt"}
 _SEED_RANGE = 2**31 - 1
 _RESERVED = ("num_inference_steps", "generator", "latents", "output_type", "num_images_per_prompt")
 
 
 def read_prompts(path: str) -> list[Prompt]:
-    """Read a prompt file ("nano" for the embedded training prompts); blank lines are skipped.
+    """Read a prompt file (or "nano", "nano_video": embedded training prompts); blank lines are skipped.
 
     A text file has one prompt per line. A .jsonl file has one JSON object per line: `prompt`, and any keywords of the
     pipeline's call for this prompt (`negative_prompt`, `height`, `num_frames`, ...). What a key ending in image or
@@ -28,7 +29,7 @@ def read_prompts(path: str) -> list[Prompt]:
     Raises:
         ValueError: the file is missing, empty, not UTF-8, not JSON lines, or names pictures that cannot be read.
     """
-    file = ASSETS / "prompts_train.txt" if path == "nano" else Path(path)
+    file = EMBEDDED.get(path, Path(path))
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:

@@ -13,5 +13,5 @@ def resolve(name: str, part: str) -> str:
 
 
 def assets_path(part: str) -> Path:
-    """Folder of an embedded model: t2i, backbone or scorer."""
+    """Folder of an embedded model: t2i, backbone, scorer; for clips t2v, scorer_vq, scorer_mq."""
     return ASSETS / part

@@ -4,6 +4,7 @@ Stage 1 (`vae`) trains the VAE: space by 8 (pixels in 2x2 patches, then two halv
 Wan 2.2), time by 4, 16 channels. Stage 2 (`t2v`) trains the transformer and the text encoder by flow matching on
 cached latents of clips of which half have a defect, so that there is something for post-training to mend.
 
+    python -m vipo.nano.pretrain_t2v prompts --output DIR
     python -m vipo.nano.pretrain_t2v vae --output DIR
     python -m vipo.nano.pretrain_t2v t2v --output DIR
 """
@@ -41,6 +42,15 @@ CALL = {
 }
 """Keywords that every call of this pipeline needs: Wan's own defaults are for 81 frames of 832x480."""
 DEFECT_SHARE = 0.5
+
+
+def write_prompts(output: Path, *, seed: int = 2026) -> None:
+    """Write 600 training prompts and 224 held-out ones, all different."""
+    scenes = video_world.sample_scenes(1200, torch.Generator().manual_seed(seed))
+    prompts = list(dict.fromkeys(video_world.describe(scenes)))
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "prompts_video_held_out.txt").write_text("\n".join(prompts[:224]) + "\n")
+    (output / "prompts_video_train.txt").write_text("\n".join(prompts[224:824]) + "\n")
 
 
 def build_tokenizer() -> T5Tokenizer:
@@ -283,7 +293,8 @@ def train(output: Path, *, steps: int = 12000, pool: int = 8192, seed: int = 0, 
     rate = 1e-3 if initial else 2e-3
     facts = fit(modules, loss_at, steps=steps, learning_rate=rate, average=0.999, checkpoint=checkpoint)
     save_pipeline(pipeline, output, CALL)
-    halve(output)
+    for component in ("vae", "transformer", "text_encoder"):
+        halve(output / component)
     pipeline = load_pipeline(output)[0]  # the card is of what was written
     write_card(
         output,
@@ -303,11 +314,10 @@ def train(output: Path, *, steps: int = 12000, pool: int = 8192, seed: int = 0, 
 
 
 def halve(folder: Path) -> None:
-    """Rewrite the weights of a pipeline's folder as float16: half the size."""
-    for name in ("vae", "transformer", "text_encoder"):
-        for path in (folder / name).glob("*.safetensors"):
-            weights = {key: value.half() for key, value in load_file(path).items()}
-            save_file(weights, path, metadata={"format": "pt"})
+    """Rewrite all weights in a folder as float16: half the size."""
+    for path in folder.glob("*.safetensors"):
+        weights = {key: value.half() if value.is_floating_point() else value for key, value in load_file(path).items()}
+        save_file(weights, path, metadata={"format": "pt"})
 
 
 def cached_latents(output: Path, vae: AutoencoderKLWan, pool: int, seed: int) -> tuple[Tensor, list[str]]:
@@ -362,7 +372,7 @@ def sample_metrics(pipeline: WanPipeline, count: int = 128) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m vipo.nano.pretrain_t2v", description=__doc__)
-    parser.add_argument("stage", choices=("vae", "t2v"))
+    parser.add_argument("stage", choices=("prompts", "vae", "t2v"))
     parser.add_argument("--output", type=Path, required=True, help="folder for the trained pipeline")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the stage's own)")
     parser.add_argument("--pool", type=int, help="rendered clips (default: the stage's own)")
@@ -374,6 +384,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     given = {key: getattr(options, key) for key in ("steps", "pool", "initial") if getattr(options, key) is not None}
+    if options.stage == "prompts":
+        write_prompts(options.output)
+        return
     stage = {"vae": train_vae, "t2v": train}[options.stage]
     stage(options.output, seed=options.seed, **given)
 

@@ -28,7 +28,7 @@ from ..rewards.preference import ClipPreference
 from . import assets_path, video_world
 from .pretrain import batches, fit, parameter_count, to_unit, write_card
 from .pretrain_scorer import MEAN, PATCH, STD, patch_mean, spoil, to_bytes
-from .pretrain_t2v import TOKENS, generate, to_vae
+from .pretrain_t2v import TOKENS, generate, halve, to_vae
 from .video_world import COLUMN, DEFECTS, FRAMES, MOTION_DEFECTS, VISUAL_DEFECTS
 from .world import SIZE
 
@@ -321,6 +321,7 @@ def train(
 def save_scorer(scorer: ClipPreference, folder: Path) -> None:
     """Write the model, its tokenizer and the pixel statistics of all its channels."""
     scorer.model.save_pretrained(folder)
+    halve(folder)
     scorer.tokenizer.save_pretrained(folder)
     side = {"height": SIZE, "width": SIZE}
     mean, std = scorer.mean.flatten().tolist(), scorer.std.flatten().tolist()

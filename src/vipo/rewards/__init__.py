@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..named import import_function
+from ..nano import assets_path
 from ..types import check_shape
 from .preference import ClipPreference
 from .rules import redness
@@ -41,6 +42,8 @@ class Scores(NamedTuple):
 
 REWARDS: dict[str, Callable[[torch.device], Reward]] = {
     "nano": lambda device: ClipPreference.from_pretrained("nano", device=device),
+    "nano_vq": lambda device: ClipPreference.from_pretrained(assets_path("scorer_vq"), device=device),
+    "nano_mq": lambda device: ClipPreference.from_pretrained(assets_path("scorer_mq"), device=device),
     "redness": lambda device: redness,
 }
 """Named rewards: device -> reward."""

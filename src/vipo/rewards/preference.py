@@ -21,7 +21,7 @@ class ClipPreference(nn.Module):
 
         s(image, prompt) = exp(logit_scale) * cos(E_image(image), E_text(prompt))
 
-    A clip's score is the mean of its frames' scores.
+    A clip's score is the mean of its frames' scores; a model with 3 F input channels reads the whole clip at once.
 
     Args:
         model: a transformers CLIPModel.
@@ -51,7 +51,7 @@ class ClipPreference(nn.Module):
         """
         path = resolve(str(name), "scorer")
         try:
-            model = CLIPModel.from_pretrained(path, use_safetensors=True)
+            model = CLIPModel.from_pretrained(path, use_safetensors=True, dtype=torch.float32)
             tokenizer = CLIPTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise ValueError(f"reward: cannot load a CLIP model from {path}: {first_line(error)}") from error
@@ -83,6 +83,11 @@ class ClipPreference(nn.Module):
 
     def forward(self, frames: Tensor, prompts: Sequence[str]) -> Tensor:
         """Score frames (N, F, 3, Y, X) in [0, 1] for N prompts: (N,) float32."""
-        check_shape("frames", frames, "N F 3 Y X", {"N": len(prompts)})
+        sizes = check_shape("frames", frames, "N F 3 Y X", {"N": len(prompts)})
+        channels = self.model.config.vision_config.num_channels
+        if channels != 3:  # reads the frames of a clip side by side in its channels, so that it sees motion
+            if channels != 3 * sizes["F"]:
+                raise ValueError(f"reward: this model reads clips of {channels // 3} frames, got {sizes['F']}")
+            frames = frames.flatten(1, 2)[:, None]
         _, images = self.tokens_and_embeddings(frames.flatten(0, 1).float())
         return self.compare(images.unflatten(0, frames.shape[:2]), prompts)
