@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ..config import import_function
 from ..types import check_shape
+from .judge import JudgeReward as JudgeReward
 from .preference import ClipPreference
+from .remote import RemoteReward as RemoteReward
 from .rules import redness
 
 
