@@ -40,13 +40,13 @@ def fails(capsys, *arguments):
 
 
 def test_help_is_complete_and_fast():
-    for command in ("demo", "train", "check", "maps", "report"):
+    for command in ("demo", "train", "check", "maps", "report", "serve-reward"):
         helped = run(command, "--help")
         assert helped.returncode == 0 and "usage: vipo" in helped.stdout, helped.stderr
     keys = run("train", "--help").stdout
     assert "--loss.clip_range=0.1" in keys and "--prompts.group_size=8" in keys
     top = run("--help").stdout
-    assert all(f"vipo {command}" in top for command in ("demo", "train", "check", "maps", "report"))
+    assert all(f"vipo {command}" in top for command in ("demo", "train", "check", "maps", "report", "serve-reward"))
     imported = "import sys, vipo.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", imported], check=False).returncode == 0
 

@@ -1,4 +1,4 @@
-"""Command line: vipo demo | train | check | maps | report."""
+"""Command line: vipo demo | train | check | maps | report | serve-reward."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ Post-train image and video generators with pixel-level advantages (ViPO, arXiv 2
   vipo maps INPUT... -o OUT        see and measure the allocation maps of your own pictures and clips
   vipo train CONFIG.yaml           train any diffusers pipeline, images or video
   vipo report RUN                  write a run directory's report.html again
+  vipo serve-reward NAME           let other machines ask a reward over HTTP
 """
 
 
@@ -75,6 +76,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     report.add_argument("run", type=Path, help="directory written by vipo train or vipo demo")
     report.set_defaults(command=_report)
 
+    _add_serve_reward(commands)
+
     options, rest = parser.parse_known_args(argv)
     if rest and not hasattr(options, "config"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -107,6 +110,21 @@ def _add_maps(commands: Any) -> None:
     maps.add_argument("--device", help="torch device (default: cuda where there is one)")
     maps.add_argument("--seed", type=int, default=0, help="of the random controls (%(default)s)")
     maps.set_defaults(command=_maps)
+
+
+def _add_serve_reward(commands: Any) -> None:
+    serve = commands.add_parser("serve-reward", help="serve a reward over HTTP", description=_serve_reward.__doc__)
+    serve.add_argument("name", metavar="NAME", help="as reward.name: a built-in reward, or package.module:function")
+    serve.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
+    serve.add_argument("--port", type=int, default=8000, help="TCP port, 0 for any free one (%(default)s)")
+    serve.add_argument("--device", help="torch device (default: cuda where there is one)")
+    serve.add_argument(
+        "--token-env", metavar="VAR", help="environment variable with the token that requests must bring"
+    )
+    serve.add_argument(
+        "--max-batch-pixels", type=int, default=2**24, help="frames x pixels scored at once (%(default)s)"
+    )
+    serve.set_defaults(command=_serve_reward)
 
 
 def _with_config(commands: Any, name: str, summary: str, command: Any, keys: str | None) -> argparse.ArgumentParser:
@@ -329,4 +347,35 @@ def _report(options: argparse.Namespace) -> int:
     from .report import render_report
 
     print(render_report(options.run))
+    return 0
+
+
+def _serve_reward(options: argparse.Namespace) -> int:
+    """Answer POST /score with the scores of a reward, until interrupted. docs/rewards.md has the format. Without
+    --token-env, anybody who reaches the address may ask."""
+    if options.max_batch_pixels < 1:
+        raise ValueError(f"--max-batch-pixels: expected at least 1, got {options.max_batch_pixels}")
+    try:
+        from .rewards.serve import Limits, listen, make_app, run
+    except ModuleNotFoundError as error:
+        raise ValueError(f"vipo serve-reward needs {error.name}: pip install 'vipo[serve]'") from error
+    import torch
+
+    from .rewards import load_reward
+    from .rewards.endpoint import read_token
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    token = None if options.token_env is None else read_token(options.token_env)
+    reward = load_reward(options.name, device)
+    app = make_app(
+        reward, options.name, device=device, token=token, limits=Limits(batch_pixels=options.max_batch_pixels)
+    )
+    with listen(options.host, options.port) as bound:
+        host, port = bound.getsockname()[:2]
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        print(f"{options.name} on {device}: http://{address}/score", flush=True)
+        try:
+            run(app, bound)
+        except KeyboardInterrupt:
+            print("stopped")
     return 0

@@ -59,9 +59,7 @@ def load_pipeline(name: str | Path, dtype: torch.dtype | None = None) -> tuple[D
     if local and not (folder / "model_index.json").is_file():
         raise ValueError(f"pipeline: no model_index.json in {folder}; expected a folder written by save_pretrained")
     if not local and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
-        raise ValueError(
-            f"pipeline: no such folder: {path}; give a folder, a hub id (owner/name), nano or nano_video"
-        )
+        raise ValueError(f"pipeline: no such folder: {path}; give a folder, a hub id (owner/name), nano or nano_video")
     index = json.loads((folder / "model_index.json").read_text()) if local else {}
     absent = {name: None for name, entry in index.items() if entry == [None, None]}  # such as SD3's T5
     try:

@@ -14,7 +14,9 @@ from torch import Tensor
 from ..named import import_function
 from ..nano import assets_path
 from ..types import check_shape
+from .judge import JudgeReward as JudgeReward
 from .preference import ClipPreference
+from .remote import RemoteReward as RemoteReward
 from .rules import redness
 
 
