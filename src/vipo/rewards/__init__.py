@@ -96,6 +96,7 @@ REWARDS: dict[str, Named] = {
     "clipscore": Named("preference", "load_clip", _CLIP_L, {"scale": "clipscore"}),
     "aesthetic": Named("preference", "load_aesthetic", "RE-N-Y/laion-aesthetic"),
     "clip_iqa": Named("preference", "load_quality", _CLIP_L),
+    "imagereward": Named("blip", "load_image_reward", "RE-N-Y/ImageReward"),
     "redness": Named("rules", "redness", ready=True),
     "brightness": Named("rules", "brightness", ready=True),
     "compressibility": Named("rules", "compressibility", ready=True),
