@@ -89,6 +89,7 @@ class Named(NamedTuple):
 
 
 _CLIP_L = "openai/clip-vit-large-patch14"
+_VIDEO_REWARD = "KwaiVGI/VideoReward"
 REWARDS: dict[str, Named] = {
     "nano": Named("preference", "load_clip", "nano"),
     "pickscore": Named("preference", "load_clip", "yuvalkirstain/PickScore_v1"),
@@ -97,6 +98,11 @@ REWARDS: dict[str, Named] = {
     "aesthetic": Named("preference", "load_aesthetic", "RE-N-Y/laion-aesthetic"),
     "clip_iqa": Named("preference", "load_quality", _CLIP_L),
     "imagereward": Named("blip", "load_image_reward", "RE-N-Y/ImageReward"),
+    "hpsv3": Named("vision_language", "load_hpsv3", "MizzenAI/HPSv3"),
+    "videoalign": Named("vision_language", "load_videoalign", _VIDEO_REWARD),
+    "videoalign_vq": Named("vision_language", "load_videoalign", _VIDEO_REWARD, {"dimensions": ("VQ",)}),
+    "videoalign_mq": Named("vision_language", "load_videoalign", _VIDEO_REWARD, {"dimensions": ("MQ",)}),
+    "videoalign_ta": Named("vision_language", "load_videoalign", _VIDEO_REWARD, {"dimensions": ("TA",)}),
     "redness": Named("rules", "redness", ready=True),
     "brightness": Named("rules", "brightness", ready=True),
     "compressibility": Named("rules", "compressibility", ready=True),
