@@ -103,6 +103,7 @@ REWARDS: dict[str, Named] = {
     "videoalign_vq": Named("vision_language", "load_videoalign", _VIDEO_REWARD, {"dimensions": ("VQ",)}),
     "videoalign_mq": Named("vision_language", "load_videoalign", _VIDEO_REWARD, {"dimensions": ("MQ",)}),
     "videoalign_ta": Named("vision_language", "load_videoalign", _VIDEO_REWARD, {"dimensions": ("TA",)}),
+    "geneval": Named("detection", "load_geneval"),
     "redness": Named("rules", "redness", ready=True),
     "brightness": Named("rules", "brightness", ready=True),
     "compressibility": Named("rules", "compressibility", ready=True),
