@@ -131,7 +131,8 @@ def test_pad_keeps_the_aspect_and_fills_with_black():
     found = fitted(torch.ones(1, 3, 16, 32), 32, "pad")
     assert found.shape == (1, 3, 32, 32)
     torch.testing.assert_close(found[0, 0].mean(1), torch.tensor([0.0] * 8 + [1.0] * 16 + [0.0] * 8))
-    assert fitted(torch.ones(1, 3, 32, 15), 32, "pad")[0, 0, 0].sum() == 15
+    row = fitted(torch.ones(1, 3, 32, 15), 32, "pad")[0, 0, 0]
+    torch.testing.assert_close(row, torch.tensor([0.0] * 8 + [1.0] * 15 + [0.0] * 9))
     assert fitted(torch.ones(1, 3, 16, 40), 32, "stretch").min() > 0.999
 
 
@@ -166,6 +167,9 @@ def test_missing_models_and_tokenizers_are_one_clear_line(tmp_path, clip):
         read_weights(tmp_path)
     clip[1].save_pretrained(tmp_path / "bare")  # transformers would make an empty tokenizer of this
     with pytest.raises(ValueError, match="no tokenizer in .*bare, and none loadable from openai/clip-vit"):
+        load_reward("pickscore", path=tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
+    with pytest.raises(ValueError, match=r"the tokenizer of .*bare is empty \(2 tokens\)"):
         load_reward("pickscore", path=tmp_path / "bare")
     with pytest.raises(ValueError, match="dtype"):
         load_reward("pickscore", path=clip[0], options={"dtype": "bf16"})

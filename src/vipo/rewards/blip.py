@@ -100,7 +100,6 @@ def load_image_reward(path: str, device: torch.device | str, *, dtype: str = "fl
     weights = read_weights(path)
     vision = renamed(under(weights, "blip.visual_encoder."), *_VISION)
     text = under(weights, "blip.text_encoder.")
-    text.pop("embeddings.position_ids", None)  # derived
     if not vision or not text:
         raise ValueError(
             f"reward: expected blip.visual_encoder.* and blip.text_encoder.* in {path}, got {sorted(weights)[:3]}"
