@@ -23,13 +23,13 @@ test-all: install
 	$(BIN)/python -m pytest -m "not gpu or gpu"
 
 check: install
-	$(BIN)/ruff format --check src tests examples bench
-	$(BIN)/ruff check src tests examples bench
+	$(BIN)/ruff format --check src tests examples bench tools
+	$(BIN)/ruff check src tests examples bench tools
 	$(BIN)/mypy
 
 format: install
-	$(BIN)/ruff format src tests examples bench
-	$(BIN)/ruff check --fix src tests examples bench
+	$(BIN)/ruff format src tests examples bench tools
+	$(BIN)/ruff check --fix src tests examples bench tools
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache

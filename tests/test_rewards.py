@@ -1,14 +1,16 @@
-"""Rewards: redness, a CLIP-class scorer against its own formula, users' functions, what comes back wrong."""
+"""Rewards: names, paths and options, redness, users' functions, what comes back wrong."""
 
+import ast
+import importlib
+import inspect
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_pipelines import clip_tokenizer
-from transformers import CLIPConfig, CLIPModel
 
-from vipo.rewards import ClipPreference, load_reward, redness, score
+from vipo.rewards import REWARDS, load_reward, redness, score
 
 
 def rewards_of(reward, frames, prompts):
@@ -23,50 +25,6 @@ def test_redness_literal_numbers():
     torch.testing.assert_close(redness(frames, [""] * 3), torch.tensor([1.0, -1.0, 0.0]))
 
 
-@pytest.fixture
-def scorer_folder(tmp_path):
-    tokenizer = clip_tokenizer()
-    text = {
-        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }  # fmt: skip
-    vision = {
-        "hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "image_size": 32, "patch_size": 8,
-    }  # fmt: skip
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    mean_std = '{"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.25, 0.3]}'
-    (tmp_path / "preprocessor_config.json").write_text(mean_std)
-    return tmp_path
-
-
-def test_clip_preference_is_the_pickscore_formula(scorer_folder):
-    """Against transformers' own forward: logits_per_image of the matching prompt."""
-    scorer = ClipPreference.from_pretrained(scorer_folder)
-    frames = torch.rand(3, 1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    prompts = ["a red cat", "a dog", "x"]
-    model = CLIPModel.from_pretrained(scorer_folder).eval()
-    tokens = clip_tokenizer()(prompts, padding="max_length", return_tensors="pt")
-    mean, std = torch.tensor([0.5, 0.4, 0.3])[:, None, None], torch.tensor([0.2, 0.25, 0.3])[:, None, None]
-    with torch.no_grad():
-        expected = model(pixel_values=(frames[:, 0] - mean) / std, **tokens).logits_per_image.diag()
-    torch.testing.assert_close(rewards_of(scorer, frames, prompts), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_clip_preference_averages_frames_resizes_and_is_batch_independent(scorer_folder):
-    scorer = ClipPreference.from_pretrained(scorer_folder)
-    frames = torch.rand(2, 4, 3, 48, 40, generator=torch.Generator().manual_seed(0))
-    prompts = ["a red cat", "a dog"]
-    scores = rewards_of(scorer, frames, prompts)
-    apart = torch.stack([rewards_of(scorer, frames[:, i : i + 1], prompts) for i in range(4)]).mean(0)
-    torch.testing.assert_close(scores, apart, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(scores[1:], rewards_of(scorer, frames[1:], prompts[1:]), rtol=1e-5, atol=1e-5)
-    assert not any(p.requires_grad for p in scorer.parameters())
-
-
 def test_a_users_function_by_name(tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text("def green(frames, prompts):\n    return frames[:, :, 1].mean((1, 2, 3))\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -79,7 +37,10 @@ def test_a_users_function_by_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("rednes", "unknown reward 'rednes'; expected nano, redness or package.module:function"),
+        (
+            "rednes",
+            "unknown reward 'rednes'; did you mean 'redness'\\? expected nano, .*redness.* or package.module:function",
+        ),
         ("no_such_module:f", "cannot import 'no_such_module'"),
         ("math:tangens", "module 'math' has no 'tangens'"),
         ("math:pi", "is not callable"),
@@ -90,9 +51,37 @@ def test_unknown_rewards(name, message):
         load_reward(name)
 
 
-def test_a_missing_scorer_is_a_clear_error(tmp_path):
-    with pytest.raises(ValueError, match="reward: cannot load a CLIP model from"):
-        ClipPreference.from_pretrained(tmp_path)
+@pytest.mark.parametrize(
+    ("name", "keywords", "message"),
+    [
+        ("hpsv21", {}, "did you mean 'hpsv2.1'"),
+        ("pickscore", {"options": {"dtipe": "bfloat16"}}, "load_clip has no option 'dtipe'; did you mean 'dtype'"),
+        ("hpsv2.1", {"options": {"fit": "crop"}}, "has no option 'fit'; expected one of dtype, chunk"),
+        ("redness", {"path": "x"}, "redness takes no path, got 'x'"),
+        ("redness", {"options": {"x": 1}}, "redness has no option 'x'; expected one of none"),
+        ("ocr", {"path": "x"}, "takes no path, got 'x'"),
+        ("nano_colour", {"path": "x"}, "takes no path, got 'x'"),
+        ("math:sin", {"path": "x"}, "'math:sin' is a function and takes no path and no options"),
+    ],
+)
+def test_wrong_names_paths_and_options_are_one_clear_line(name, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        load_reward(name, **keywords)
+
+
+def test_every_named_reward_has_its_function_and_its_row_in_the_docs():
+    docs = (Path(__file__).parents[1] / "docs" / "rewards.md").read_text()
+    for name, entry in REWARDS.items():
+        module = importlib.import_module(f"vipo.rewards.{entry.module}")
+        known = inspect.signature(getattr(module, entry.function)).parameters
+        assert set(entry.options) <= set(known), name
+        assert f"`{name}`" in docs and (entry.path or "") in docs, name
+
+
+def test_heavy_modules_are_imported_when_asked_for():
+    tree = ast.parse((Path(__file__).parents[1] / "src" / "vipo" / "rewards" / "__init__.py").read_text())
+    own = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
+    assert own == {"preference", "rules"}, "the others are for Named to import"
 
 
 def test_score_checks_the_shape():

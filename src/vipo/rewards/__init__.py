@@ -5,8 +5,12 @@ Named ones are in REWARDS; `package.module:function` names anybody's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from inspect import signature
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,9 +19,9 @@ from ..named import import_function
 from ..nano import assets_path
 from ..types import check_shape
 from .judge import JudgeReward as JudgeReward
-from .preference import ClipPreference
+from .preference import ClipPreference as ClipPreference
 from .remote import RemoteReward as RemoteReward
-from .rules import redness
+from .rules import redness as redness
 
 
 class Reward(Protocol):
@@ -42,27 +46,113 @@ class Scores(NamedTuple):
         return None if self.credit is None else torch.where(kept.view(-1, 1, 1, 1), self.credit, 1)
 
 
-REWARDS: dict[str, Callable[[torch.device], Reward]] = {
-    "nano": lambda device: ClipPreference.from_pretrained("nano", device=device),
-    "nano_vq": lambda device: ClipPreference.from_pretrained(assets_path("scorer_vq"), device=device),
-    "nano_mq": lambda device: ClipPreference.from_pretrained(assets_path("scorer_mq"), device=device),
-    "redness": lambda device: redness,
+class Named(NamedTuple):
+    """A named reward: the function of a module of this package that loads it.
+
+    Attributes:
+        module: of vipo.rewards, imported when it is asked for.
+        function: (path, device, **options) -> reward; with `ready`, the reward itself.
+        path: what is loaded where no path is given: a hub id, a name, or None.
+        options: keyword arguments of the function, before the caller's.
+        ready: nothing is to be loaded.
+    """
+
+    module: str
+    function: str
+    path: str | None = None
+    options: Mapping[str, Any] = {}
+    ready: bool = False
+
+    def __call__(
+        self, device: torch.device | str, path: str | None = None, options: Mapping[str, Any] | None = None
+    ) -> Reward:
+        """Load the reward.
+
+        Raises:
+            ValueError: nothing loadable there, or an option that it does not have.
+        """
+        function: Callable[..., Any] = getattr(import_module(f".{self.module}", __name__), self.function)
+        known = (
+            () if self.ready else [name for name in signature(function).parameters if name not in ("path", "device")]
+        )
+        for option in options or {}:
+            if option in self.options or option not in known:
+                free = [name for name in known if name not in self.options]
+                near = get_close_matches(option, free, 1, 0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(free) or 'none'}"
+                raise ValueError(f"reward: {self.function} has no option {option!r}; {hint}")
+        if self.ready:
+            if path is not None:
+                raise ValueError(f"reward: {self.function} takes no path, got {path!r}")
+            reward: Reward = function
+            return reward
+        where = path if path is not None else self.path
+        loaded: Reward = function(where, device, **self.options, **(options or {}))
+        return loaded
+
+
+_CLIP_L = "openai/clip-vit-large-patch14"
+_VIDEO_REWARD = "KwaiVGI/VideoReward"
+REWARDS: dict[str, Named] = {
+    "nano": Named("preference", "load_clip", "nano"),
+    "nano_vq": Named("preference", "load_clip", str(assets_path("scorer_vq"))),
+    "nano_mq": Named("preference", "load_clip", str(assets_path("scorer_mq"))),
+    "pickscore": Named("preference", "load_clip", "yuvalkirstain/PickScore_v1"),
+    "hpsv2.1": Named("preference", "load_clip", "RE-N-Y/hpsv21", {"scale": "cosine", "fit": "pad"}),
+    "clipscore": Named("preference", "load_clip", _CLIP_L, {"scale": "clipscore"}),
+    "aesthetic": Named("preference", "load_aesthetic", "RE-N-Y/laion-aesthetic"),
+    "clip_iqa": Named("preference", "load_quality", _CLIP_L),
+    "imagereward": Named("blip", "load_image_reward", "RE-N-Y/ImageReward"),
+    "hpsv3": Named("vision_language", "load_hpsv3", "MizzenAI/HPSv3"),
+    "videoalign": Named("vision_language", "load_videoalign", _VIDEO_REWARD),
+    "videoalign_vq": Named("vision_language", "load_videoalign", _VIDEO_REWARD, {"dimensions": ("VQ",)}),
+    "videoalign_mq": Named("vision_language", "load_videoalign", _VIDEO_REWARD, {"dimensions": ("MQ",)}),
+    "videoalign_ta": Named("vision_language", "load_videoalign", _VIDEO_REWARD, {"dimensions": ("TA",)}),
+    "geneval": Named("detection", "load_geneval"),
+    "ocr": Named("ocr", "load_ocr"),
+    "imscore": Named("wrappers", "load_imscore"),
+    "dynamic_degree": Named("motion", "dynamic_degree", ready=True),
+    "motion_smoothness": Named("motion", "motion_smoothness", ready=True),
+    "redness": Named("rules", "redness", ready=True),
+    "brightness": Named("rules", "brightness", ready=True),
+    "compressibility": Named("rules", "compressibility", ready=True),
+    "incompressibility": Named("rules", "incompressibility", ready=True),
+    "nano_shape_iou": Named("rules", "nano_metric", None, {"metric": "shape_iou"}),
+    "nano_shape": Named("rules", "nano_metric", None, {"metric": "shape_accuracy"}),
+    "nano_colour": Named("rules", "nano_metric", None, {"metric": "colour_error"}),
 }
-"""Named rewards: device -> reward."""
+"""Named rewards: (device, path, options) -> reward. docs/rewards.md says what each measures and how it was checked."""
 
 
-def load_reward(name: str, device: torch.device | str = "cpu") -> Reward:
+def load_reward(
+    name: str,
+    device: torch.device | str = "cpu",
+    *,
+    path: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Reward:
     """Find a reward by its name or as "package.module:function".
 
+    Args:
+        name: one of REWARDS, or a user's function.
+        device: of the weights.
+        path: of a named reward, instead of the published weights: a folder, a .safetensors file or a hub id;
+            of "geneval" the metadata file. Apart from the name, whose colon means a function.
+        options: keyword arguments of a named reward's loading function, such as dtype.
+
     Raises:
-        ValueError: no such reward, module or function.
+        ValueError: no such reward, module, function or option, or nothing loadable there.
     """
     if name in REWARDS:
-        return REWARDS[name](torch.device(device))
+        return REWARDS[name](torch.device(device), None if path is None else str(path), options)
     if ":" not in name:
+        near = get_close_matches(name, REWARDS, 1, 0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(
-            f"reward.name: unknown reward {name!r}; expected {', '.join(REWARDS)} or package.module:function"
+            f"reward.name: unknown reward {name!r}; {hint}expected {', '.join(REWARDS)} or package.module:function"
         )
+    if path is not None or options:
+        raise ValueError(f"reward: {name!r} is a function and takes no path and no options")
     reward: Reward = import_function("reward.name", name, "(frames, prompts) -> (N,)")
     return reward
 
