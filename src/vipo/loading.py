@@ -12,7 +12,7 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft import get_peft_model_state_dict
 from torch import nn
 
-from .nano import assets_path, resolve
+from .nano import resolve
 
 CALL_FILE = "vipo.json"
 """Optional file in a pipeline folder: {"call": {...}}, keywords that every call of this pipeline needs."""
@@ -53,7 +53,7 @@ def load_pipeline(name: str | Path, dtype: torch.dtype | None = None) -> tuple[D
     Raises:
         ValueError: there is no such folder or hub id, or it holds no pipeline.
     """
-    path = str(assets_path("t2v")) if name == "nano_video" else resolve(str(name), "t2i")
+    path = resolve(str(name), "t2i")
     folder = Path(path)
     local = folder.is_dir()
     if local and not (folder / "model_index.json").is_file():
