@@ -11,8 +11,10 @@ _CLIPS = {"nano_video": "t2v", "nano_vq": "scorer_vq", "nano_mq": "scorer_mq"}
 
 
 def resolve(name: str, part: str) -> str:
-    """Return the embedded folder of `part` (t2i, backbone, scorer) for the name "nano", and those for clips by their own
-    names (nano_video, nano_vq, nano_mq); any other name is returned as it is."""
+    """Return the embedded folder that a name means, or the name itself.
+
+    "nano" means the folder of `part` (t2i, backbone, scorer); nano_video, nano_vq and nano_mq have one each.
+    """
     part = _CLIPS.get(name, part)
     return str(assets_path(part)) if name == "nano" or name in _CLIPS else name
 
