@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import memory
+import options
 import published
 import pytest
 import torch
@@ -229,3 +230,11 @@ def test_parts_have_their_published_sizes(name):
 @pytest.mark.parametrize("name", ["sd35_medium", "wan21_1b"])
 def test_the_committed_numbers_are_found_again(name):
     assert memory.measure(Config.from_yaml(memory.RECIPES[name])) == COMMITTED[name]
+
+
+def test_options_are_compared_in_turns(monkeypatch):
+    monkeypatch.setattr(options, "REPEATS", 1)
+    found = options.prefix("nano", 4)
+    assert list(found) == ["shared", "apart", "largest difference"] and found["largest difference"] < 1e-4
+    assert options.recorded("nano")["three trained"] < 0.5 * options.recorded("nano")["all"]
+    assert set(options.unconditional("nano_video")) == {"frozen", "trained"}
