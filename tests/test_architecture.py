@@ -14,7 +14,8 @@ LAYERS = [
     {"policy"},
     {"checkpoint", "runlog", "evaluation", "report"},
     {"trainer"},
-    {"preflight", "demo", "inspection"},
+    {"preflight", "demo_kinds", "inspection"},
+    {"demo"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

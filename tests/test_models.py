@@ -287,7 +287,7 @@ def test_a_shift_of_ones_own_replaces_the_pipelines(name):
     scheduler.set_timesteps(sigmas=levels.tolist())
     torch.testing.assert_close(scheduler.sigmas[:-1], 7 * levels / (1 + 6 * levels))
     own = make(name)
-    assert not torch.equal(rollout(policy, name).steps[-1].latents, rollout(own, name).steps[-1].latents)
+    assert not torch.equal(rollout(policy, name).steps[STEPS - 1].latents, rollout(own, name).steps[STEPS - 1].latents)
     assert gradients(policy, rollout(policy, name))[1] == 0
 
 
