@@ -9,12 +9,24 @@ SOURCE = Path(__file__).parents[1] / "src" / "vipo"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
     {"types", "files", "windows", "named", "nano"},
-    {"kernels", "advantages", "losses", "psm", "config", "prompts", "loading", "media", "offload", "trainable"},
+    {
+        "kernels",
+        "advantages",
+        "losses",
+        "estimators",
+        "psm",
+        "config",
+        "prompts",
+        "loading",
+        "media",
+        "offload",
+        "trainable",
+    },
     {"scheduler", "pipelines", "rewards", "maps", "pictures"},
     {"policy"},
     {"checkpoint", "runlog", "evaluation", "report"},
     {"trainer"},
-    {"preflight", "demo", "inspection"},
+    {"preflight", "signal", "demo", "inspection"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -71,6 +83,7 @@ def test_sizes_and_exceptions(path):
         "kernels",
         "advantages",
         "losses",
+        "estimators",
         "psm/pca",
         "psm/allocation",
         "psm/controls",
