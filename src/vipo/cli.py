@@ -184,8 +184,8 @@ def _demo(options: argparse.Namespace) -> int:
         raise ValueError("--prompts: expected at least 2; --seed: expected at least 0")
     from rich.console import Console
 
-    from .demo import run_demo
-    from .demo_kinds import CLIPS, IMAGES, METHODS
+    from .demo import comparison_table, run_demo
+    from .demo_kinds import CLIPS, IMAGES
 
     console, output = Console(), options.output or Path("runs/demo_video" if options.video else "runs/demo")
     with _progress(console) as bars:
@@ -198,7 +198,7 @@ def _demo(options: argparse.Namespace) -> int:
             overwrite=options.overwrite,
             progress=_reporter(bars),
         )
-    console.print(_table(summary, METHODS))
+    console.print(comparison_table(summary))
     console.print(f"{summary['times']['total']:.0f} s; open {output / 'report.html'}", highlight=False)
     return 0
 
@@ -234,25 +234,6 @@ def _reporter(bars: Any) -> Any:
         bars.update(tasks[stage], completed=done, remark=remark)
 
     return progress
-
-
-def _table(summary: dict[str, Any], methods: dict[str, str]) -> Any:
-    """Held-out means with 95 % intervals, and ViPO's paired difference to GRPO."""
-    from rich.table import Table
-
-    table = Table(title=f"{summary['evaluation']['prompts']} held-out prompts, mean [95 % interval]")
-    for heading in ("metric", "base", *methods.values(), "ViPO - GRPO"):
-        table.add_column(heading, justify="left" if heading == "metric" else "right")
-
-    def cell(entry: dict[str, Any]) -> str:
-        return "-" if entry["mean"] is None else f"{entry['mean']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
-
-    for metric in summary["metrics"]:
-        arrow = "higher is better" if metric["higher_is_better"] else "lower is better"
-        rows = [summary["evaluation"][name][metric["name"]] for name in ("base", *methods)]
-        difference = summary["differences"]["vipo-grpo"][metric["name"]]
-        table.add_row(f"{metric['label']} ({arrow})", *map(cell, rows), cell(difference))
-    return table
 
 
 def _maps(options: argparse.Namespace) -> int:
