@@ -181,7 +181,7 @@ def measure_signal(
         made: dict[MapConfig, list[Tensor]] = {}
         for done, name in enumerate(kinds, 1):
             begun = time.perf_counter()
-            gradient = _gradient(trainer, found, maps_of(found, kinds[name], iteration, made))
+            gradient = policy_gradient(trainer, found, maps_of(found, kinds[name], iteration, made))
             gradients[name].append(gradient if size == parameters else count_sketch(gradient, size, config.run.seed))
             seconds[name] += time.perf_counter() - begun
             progress("signal", group * len(kinds) + done, groups * len(kinds), f"group {group + 1}: {name}")
@@ -248,7 +248,7 @@ def _map_maker(
     return maps_of
 
 
-def _gradient(trainer: Trainer, found: Experience, maps: list[Tensor]) -> Tensor:
+def policy_gradient(trainer: Trainer, found: Experience, maps: list[Tensor]) -> Tensor:
     """Gradient (P,) of the loss over the trained steps, on the CPU."""
     trainer.accumulate(found, maps, found.plan[0], defaultdict(list))
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainer.parameters]
@@ -283,7 +283,8 @@ def estimate(gradients: dict[str, Tensor], seconds: dict[str, float]) -> list[Ma
 def recommend(rows: Sequence[MapSignal], groups: int) -> str:
     """Say in words what rows of `estimate` (ones, the configured map, others) mean for a run.
 
-    A half-width shrinks at least as fast as 1 / sqrt(m), which gives the number of groups that a difference needs.
+    A half-width shrinks as 1 / m while m f < 1, where noise hides the mean, and as 1 / sqrt(m) later: the two laws give
+    the least and the largest number of groups that a difference needs.
     """
     ones, own, *_ = rows
     compared = [(row, row.difference) for row in rows if row.difference is not None]
@@ -305,11 +306,13 @@ def recommend(rows: Sequence[MapSignal], groups: int) -> str:
         key=lambda pair: pair[0].fraction.value,
     )
     if difference.value <= 0:
-        return "No map has more signal than ones: train with map.control=ones, or try other maps."
-    needed = math.ceil(groups * ((difference.high - difference.value) / difference.value) ** 2)
+        more = f"try other maps, or --groups {4 * groups}"
+        return f"{groups} groups cannot tell any map from ones, and none is ahead: {more}."
+    ratio = (difference.high - difference.value) / difference.value
+    least, most = math.ceil(groups * ratio), math.ceil(groups * ratio**2)
     return (
-        f"The intervals overlap: {row.name} is ahead of ones by {difference}. If that is real, about {needed} groups "
-        f"would show it (--groups {needed})."
+        f"{groups} groups cannot tell any map from ones. {row.name} is ahead by {difference}; if that is real, between "
+        f"{least} and {most} groups would show it (--groups {least})."
     )
 
 
