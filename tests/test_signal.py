@@ -238,10 +238,11 @@ def row(name, value, low=None, high=None):
          "The inverted psm map has the most signal: psm points the wrong way here; its"),
         ([row("psm", 0.02, 0.0, 0.02), row("shuffled", 0.03, 0.01, 0.03)], "The shuffled psm map has the most signal"),
         ([row("psm", 0.0, -0.03, -0.01), row("centre", 0.011, -0.01, 0.012)], "Do not use the psm map: -0.0200 ["),
-        ([row("psm", 0.0, -0.03, 0.01), row("inverted", 0.011, -0.01, 0.012)], "24 groups cannot tell any map from ones, and none is ahead: try other maps, or --groups 96."),
+        ([row("psm", 0.0, -0.03, 0.01), row("inverted", 0.011, -0.01, 0.012)],
+         "24 groups cannot tell any map from ones, and none is ahead: try other maps, or --groups 96."),
         ([row("psm", 0.02, -0.02, 0.04), row("shuffled", 0.05, -0.01, 0.02)],
-         "24 groups cannot tell any map from ones. psm is ahead by 0.0100 [-0.0200, 0.0400]; if that is real, between 72 "
-         "and 216 groups would show it (--groups 72)."),
+         "24 groups cannot tell any map from ones. psm is ahead by 0.0100 [-0.0200, 0.0400]; if that is real, between "
+         "72 and 216 groups would show it (--groups 72)."),
     ],
 )  # fmt: skip
 def test_recommendations(rows, sentence):
