@@ -14,7 +14,7 @@ from vipo import Config, DiffusersPolicy, PerceptualStructuring, Trainer, signal
 from vipo.cli import main
 from vipo.estimators import Estimate
 from vipo.runlog import PhaseClock
-from vipo.signal import MapSignal, map_kinds, measure_signal, policy_gradient, recommend, signal_config
+from vipo.signal import MapSignal, estimate, map_kinds, measure_signal, policy_gradient, recommend, signal_config
 
 
 class LocalDecoder(torch.nn.Module):
@@ -193,6 +193,12 @@ def test_groups_that_teach_nothing_are_skipped_and_counted(tmp_path):
         measure_signal(config_of(tmp_path), 12, build=builder(only_some(float("nan"))))
     with pytest.raises(ValueError, match="0 of 4 groups have rewards that differ, need 4: raise --groups"):
         measure_signal(config_of(tmp_path), 4, build=builder(lambda frames, prompts: torch.ones(len(frames))))
+
+
+def test_a_map_without_a_gradient_is_an_error():
+    gradients = {"ones": torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), "mine": torch.zeros(4, 3)}
+    with pytest.raises(ValueError, match="the gradient of mine is 0 in every group"):
+        estimate(gradients, {"ones": 1.0, "mine": 1.0})
 
 
 def test_prompts_are_drawn_independently(tmp_path):

@@ -259,11 +259,19 @@ def policy_gradient(trainer: Trainer, found: Experience, maps: list[Tensor]) -> 
 
 
 def estimate(gradients: dict[str, Tensor], seconds: dict[str, float]) -> list[MapSignal]:
-    """Compare the gradients (m, P) of every map on the same m groups, "ones" among them, with those of ones."""
+    """Compare the gradients (m, P) of every map on the same m groups, "ones" among them, with those of ones.
+
+    Raises:
+        ValueError: all gradients of a map are 0.
+    """
     ones = gram_matrix(gradients["ones"], gradients["ones"])
     rows = []
     for name, values in gradients.items():
         own, cross = gram_matrix(values, values), gram_matrix(values, gradients["ones"])
+        if not bool(own.any()):
+            raise ValueError(
+                f"--signal: the gradient of {name} is 0 in every group: its maps are 0, or nothing is trained"
+            )
         fraction, left_out = signal_fraction(own), leave_one_out(own)
         difference = jackknife(fraction - signal_fraction(ones), left_out - leave_one_out(ones))
         rows.append(
