@@ -26,7 +26,7 @@ LAYERS = [
     {"policy"},
     {"checkpoint", "runlog", "evaluation", "report"},
     {"trainer"},
-    {"preflight", "signal", "demo", "inspection"},
+    {"preflight", "signal", "demo", "demo_kinds", "inspection"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
