@@ -165,42 +165,51 @@ def measure_signal(
     kinds = map_kinds(config, extra)
     started = time.perf_counter()
     trainer = build(config)
-    maps_of = _map_maker(trainer, kinds)
     parameters = sum(p.numel() for p in trainer.parameters)
     size = min(parameters, MEMORY // (4 * groups * len(kinds)))
-    gradients: dict[str, list[Tensor]] = {name: [] for name in kinds}
-    seconds = dict.fromkeys(kinds, 0.0)
-    skipped = 0
-    for group in range(groups):
-        progress("signal", group * len(kinds), groups * len(kinds), f"group {group + 1}: rollout")
-        iteration = group * len(trainer.prompts)
-        found = _experience(trainer, iteration)
-        if found is None or not bool(found.advantages.any()):
-            skipped += 1
-            continue
-        made: dict[MapConfig, list[Tensor]] = {}
-        for done, name in enumerate(kinds, 1):
-            begun = time.perf_counter()
-            gradient = policy_gradient(trainer, found, maps_of(found, kinds[name], iteration, made))
-            gradients[name].append(gradient if size == parameters else count_sketch(gradient, size, config.run.seed))
-            seconds[name] += time.perf_counter() - begun
-            progress("signal", group * len(kinds) + done, groups * len(kinds), f"group {group + 1}: {name}")
-    if groups - skipped < LEAST_GROUPS:
+    gradients, seconds = _gather(trainer, kinds, groups, size, progress)
+    counted = len(gradients["ones"])
+    if counted < LEAST_GROUPS:
         raise ValueError(
-            f"--signal: {groups - skipped} of {groups} groups have rewards that differ, need {LEAST_GROUPS}: raise "
+            f"--signal: {counted} of {groups} groups have rewards that differ, need {LEAST_GROUPS}: raise "
             "--groups or --prompts.group_size, or change the reward"
         )
-    rows = estimate({name: torch.stack(found) for name, found in gradients.items()}, seconds)
+    rows = estimate({name: torch.stack(gradients.pop(name)) for name in kinds}, seconds)  # pop: never all twice
     return SignalReport(
-        groups=groups - skipped,
-        skipped=skipped,
+        groups=counted,
+        skipped=groups - counted,
         group_size=config.prompts.group_size,
         parameters=parameters,
         sketch=None if size == parameters else size,
         seconds=round(time.perf_counter() - started, 2),
         maps=rows,
-        recommendation=recommend(rows, groups - skipped),
+        recommendation=recommend(rows, counted),
     )
+
+
+def _gather(
+    trainer: Trainer, kinds: dict[str, MapConfig], groups: int, size: int, progress: Progress
+) -> tuple[dict[str, list[Tensor]], dict[str, float]]:
+    """Sample the groups; return every map's gradients, in at most `size` numbers each, and the seconds they took."""
+    maps_of = _map_maker(trainer, kinds)
+    gradients: dict[str, list[Tensor]] = {name: [] for name in kinds}
+    seconds = dict.fromkeys(kinds, 0.0)
+    for group in range(groups):
+        progress("signal", group * len(kinds), groups * len(kinds), f"group {group + 1}: rollout")
+        iteration = group * len(trainer.prompts)
+        found = _experience(trainer, iteration)
+        if found is None or not bool(found.advantages.any()):
+            continue
+        made: dict[MapConfig, list[Tensor]] = {}
+        for done, name in enumerate(kinds, 1):
+            begun = time.perf_counter()
+            gradient = policy_gradient(trainer, found, maps_of(found, kinds[name], iteration, made))
+            if size < len(gradient):
+                gradient = count_sketch(gradient, size, trainer.config.run.seed)
+            gradients[name].append(gradient)
+            seconds[name] += time.perf_counter() - begun
+            progress("signal", group * len(kinds) + done, groups * len(kinds), f"group {group + 1}: {name}")
+    return gradients, seconds
 
 
 def _experience(trainer: Trainer, iteration: int) -> Experience | None:
