@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ Post-train image and video generators with pixel-level advantages (ViPO, arXiv 2
 
   vipo demo [--video]              post-train an embedded pipeline by GRPO and by ViPO, and compare (minutes, no GPU)
   vipo check CONFIG.yaml           try every part of a run in seconds, before the run
+  vipo check CONFIG.yaml --signal  measure before the run whether its map helps (minutes)
   vipo maps INPUT... -o OUT        see and measure the allocation maps of your own pictures and clips
   vipo train CONFIG.yaml           train any diffusers pipeline, images or video
   vipo report RUN                  write a run directory's report.html again
@@ -68,7 +70,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     begin = train.add_mutually_exclusive_group()
     begin.add_argument("--resume", action="store_true", help="continue the newest checkpoint of the run directory")
     begin.add_argument("--overwrite", action="store_true", help="remove the run in the run directory and start again")
-    _with_config(commands, "check", "preflight of a training run", _check, keys)
+    check = _with_config(commands, "check", "preflight of a training run", _check, keys)
+    check.add_argument("--signal", action="store_true", help="instead: measure before training whether a map helps")
+    check.add_argument("--groups", type=int, metavar="M", help="with --signal: groups sampled (24)")
+    check.add_argument(
+        "--maps", nargs="+", metavar="KEY=VALUE", help="with --signal: further maps, as changes of the map section"
+    )
+    check.add_argument("--json", type=Path, metavar="FILE", help="with --signal: write the numbers")
 
     _add_maps(commands)
 
@@ -176,8 +184,8 @@ def _demo(options: argparse.Namespace) -> int:
         raise ValueError("--prompts: expected at least 2; --seed: expected at least 0")
     from rich.console import Console
 
-    from .demo import run_demo
-    from .demo_kinds import CLIPS, IMAGES, METHODS
+    from .demo import comparison_table, run_demo
+    from .demo_kinds import CLIPS, IMAGES
 
     console, output = Console(), options.output or Path("runs/demo_video" if options.video else "runs/demo")
     with _progress(console) as bars:
@@ -190,7 +198,7 @@ def _demo(options: argparse.Namespace) -> int:
             overwrite=options.overwrite,
             progress=_reporter(bars),
         )
-    console.print(_table(summary, METHODS))
+    console.print(comparison_table(summary))
     console.print(f"{summary['times']['total']:.0f} s; open {output / 'report.html'}", highlight=False)
     return 0
 
@@ -226,25 +234,6 @@ def _reporter(bars: Any) -> Any:
         bars.update(tasks[stage], completed=done, remark=remark)
 
     return progress
-
-
-def _table(summary: dict[str, Any], methods: dict[str, str]) -> Any:
-    """Held-out means with 95 % intervals, and ViPO's paired difference to GRPO."""
-    from rich.table import Table
-
-    table = Table(title=f"{summary['evaluation']['prompts']} held-out prompts, mean [95 % interval]")
-    for heading in ("metric", "base", *methods.values(), "ViPO - GRPO"):
-        table.add_column(heading, justify="left" if heading == "metric" else "right")
-
-    def cell(entry: dict[str, Any]) -> str:
-        return "-" if entry["mean"] is None else f"{entry['mean']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
-
-    for metric in summary["metrics"]:
-        arrow = "higher is better" if metric["higher_is_better"] else "lower is better"
-        rows = [summary["evaluation"][name][metric["name"]] for name in ("base", *methods)]
-        difference = summary["differences"]["vipo-grpo"][metric["name"]]
-        table.add_row(f"{metric['label']} ({arrow})", *map(cell, rows), cell(difference))
-    return table
 
 
 def _maps(options: argparse.Namespace) -> int:
@@ -325,7 +314,15 @@ def _train(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     """Load everything that CONFIG names and try it on one group of two: output directory, prompts, policy, rollout,
     exact replay, reward, map and its reach into the gradient, one whole step. Nothing is written. Exit code 2 if
-    anything is wrong."""
+    anything is wrong.
+
+    With --signal instead: the gradient signal fraction ||E g||^2 / E||g||^2 of the configured map, of ones (scalar
+    GRPO), of the shuffled, inverted and centre controls and of further maps, on the same rollouts (docs/maps.md)."""
+    if options.signal:
+        return _signal(options)
+    for name in ("groups", "maps", "json"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name}: goes with --signal only")
     config = _load(options)
     from rich.console import Console
     from rich.table import Table
@@ -340,6 +337,26 @@ def _check(options: argparse.Namespace) -> int:
     failed = [finding.name for finding in findings if not finding.ok]
     print("go" if not failed else f"no-go: {', '.join(failed)}")
     return 2 if failed else 0
+
+
+def _signal(options: argparse.Namespace) -> int:
+    config = _load(options)
+    if options.json and options.json.is_dir():
+        raise ValueError(f"--json: {options.json} is a folder, expected a file")
+    from rich.console import Console
+
+    from .files import write_atomically
+    from .signal import measure_signal, signal_table
+
+    console = Console()
+    groups = 24 if options.groups is None else options.groups
+    with _progress(console) as bars:
+        report = measure_signal(config, groups, options.maps or (), progress=_reporter(bars))
+    console.print(signal_table(report))
+    print(report.recommendation)
+    if options.json:
+        write_atomically(options.json, json.dumps(report.record(), indent=1, allow_nan=False) + "\n")
+    return 0
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -175,6 +175,25 @@ def compare(kind: Kind, values: dict[str, dict[str, Values]]) -> dict[str, Any]:
     return {"evaluation": {"prompts": count, **means}, "differences": differences}
 
 
+def comparison_table(summary: dict[str, Any]) -> Any:
+    """Make the table of held-out means with 95 % intervals, and ViPO's paired difference to GRPO."""
+    from rich.table import Table
+
+    table = Table(title=f"{summary['evaluation']['prompts']} held-out prompts, mean [95 % interval]")
+    for heading in ("metric", "base", *METHODS.values(), "ViPO - GRPO"):
+        table.add_column(heading, justify="left" if heading == "metric" else "right")
+
+    def cell(entry: dict[str, Any]) -> str:
+        return "-" if entry["mean"] is None else f"{entry['mean']:.3f} [{entry['low']:.3f}, {entry['high']:.3f}]"
+
+    for metric in summary["metrics"]:
+        arrow = "higher is better" if metric["higher_is_better"] else "lower is better"
+        rows = [summary["evaluation"][name][metric["name"]] for name in ("base", *METHODS)]
+        difference = summary["differences"]["vipo-grpo"][metric["name"]]
+        table.add_row(f"{metric['label']} ({arrow})", *map(cell, rows), cell(difference))
+    return table
+
+
 def notes(kind: Kind, values: dict[str, dict[str, Values]]) -> list[str]:
     """Plain remarks on what did not improve, so that the page does not hide it."""
     remarks = ["One seed of a small world: the intervals cover prompts, not training runs."]

@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -33,7 +33,7 @@ from .rewards import Reward, load_reward
 from .rewards.mixture import RewardMixture
 from .runlog import PhaseClock, RunLog, check_output, write_summary
 from .trainable import LORA_TARGETS
-from .types import PromptBatch, Trajectory, require_finite
+from .types import Bucket, Experience, PromptBatch, Trajectory, require_finite
 from .windows import stochastic_window
 
 log = logging.getLogger(__name__)
@@ -128,8 +128,32 @@ class Trainer:
         Invariants: old log-probs are those of the weights that sampled; a position's advantage is its group's
         advantage times its map; nothing non-finite reaches the optimizer.
         """
-        config = self.config
         clock = PhaseClock(self.policy.device)
+        found = self.experience(iteration, clock)
+        with clock("map"):
+            maps = self.maps_of(found, iteration)
+        with clock("update"):
+            losses = self._update(found, maps)
+        self.frames, self.maps = found.buckets[0].frames, maps[0]
+        rewards, group_size = found.rewards[:, found.kept], self.config.prompts.group_size
+        total = self.reward.weights.to(rewards.device) @ rewards
+        grouped = total.view(-1, group_size)
+        metrics = {
+            "reward_mean": grouped.mean(),
+            "reward_std": grouped.std(correction=0),
+            "group_std": grouped.std(1, correction=0).mean(),
+            **{f"reward_mean/{name}": mean for name, mean in self.reward.means(rewards).items()},
+            "constant_groups": constant_groups(total, group_size),
+            "dropped_groups": (~found.kept).sum() // group_size,
+            "advantage_abs": found.advantages.abs().mean(),
+            **losses,
+            **{f"map_{name}": value for name, value in _mean_statistics(maps).items()},
+        }
+        return {**{name: float(value) for name, value in metrics.items()}, **clock.seconds()}
+
+    def experience(self, iteration: int, clock: PhaseClock) -> Experience:
+        """Sample the groups of an iteration and score them."""
+        config = self.config
         batch = prompt_batch(
             self.prompts,
             iteration,
@@ -138,48 +162,25 @@ class Trainer:
             seed=config.run.seed,
             same_initial_noise=config.sampling.same_initial_noise,
         )
-        device, offload = self.policy.device, config.model.offload
         with clock("rollout"):
             decoded, plan = self._rollout(batch, iteration)
-            trajectories, buckets = [traj for traj, _ in decoded], _buckets(decoded)
-        with clock("reward"), visiting(self.reward.rewards.values(), device, offload):
+            buckets = _buckets(decoded)
+        with clock("reward"), visiting(self.reward.rewards.values(), self.policy.device, config.model.offload):
             scores = [self.reward(bucket.frames, bucket.prompts) for bucket in buckets]
             rewards = torch.cat([found.rewards for found in scores], 1)
             kept = self.reward.keep(rewards, batch.prompts, batch.group_size, config.reward.on_failure)
-        sizes = [len(bucket.frames) for bucket in buckets]
-        with clock("map"), visiting([self.map_source.backbone], device, offload):
-            maps = [
-                self.allocation_maps(b.frames, b.prompts, b.grid, iteration=iteration, credit=found.credit_of(part))
-                for b, found, part in zip(buckets, scores, kept.split(sizes), strict=True)
-            ]
         advantages = torch.zeros(len(kept), device=rewards.device)
-        rewards = rewards[:, kept]
         advantages[kept] = weighted_advantages(
-            rewards,
+            rewards[:, kept],
             self.reward.weights,
             batch.group_size,
             combine=config.reward.combine,
             std=config.reward.std,
             clip=config.reward.advantage_clip,
         )
-        with clock("update"):
-            structured = [pixel_advantages(share, m) for share, m in zip(advantages.split(sizes), maps, strict=True)]
-            losses = self._update(trajectories, structured, plan)
-        self.frames, self.maps = buckets[0].frames, maps[0]
-        total = self.reward.weights.to(rewards.device) @ rewards
-        grouped = total.view(-1, batch.group_size)
-        metrics = {
-            "reward_mean": grouped.mean(),
-            "reward_std": grouped.std(correction=0),
-            "group_std": grouped.std(1, correction=0).mean(),
-            **{f"reward_mean/{name}": mean for name, mean in self.reward.means(rewards).items()},
-            "constant_groups": constant_groups(total, batch.group_size),
-            "dropped_groups": (~kept).sum() // batch.group_size,
-            "advantage_abs": advantages.abs().mean(),
-            **losses,
-            **{f"map_{name}": value for name, value in _mean_statistics(maps).items()},
-        }
-        return {**{name: float(value) for name, value in metrics.items()}, **clock.seconds()}
+        parts = kept.split([len(bucket.frames) for bucket in buckets])
+        credits = [found.credit_of(part) for found, part in zip(scores, parts, strict=True)]
+        return Experience([traj for traj, _ in decoded], plan, buckets, credits, rewards, kept, advantages)
 
     def _rollout(self, batch: PromptBatch, iteration: int) -> tuple[list[tuple[Trajectory, Tensor]], list[list[int]]]:
         """Sample and decode in micro-batches of neighbours whose pipeline calls are equal.
@@ -221,6 +222,15 @@ class Trainer:
             decoded.append((traj.to("cpu") if sampling.store_on_cpu else traj, frames))
         return decoded, plan
 
+    def maps_of(self, found: Experience, iteration: int, source: MapSource | None = None) -> list[Tensor]:
+        """Make the maps of every bucket, by the configured source or another."""
+        source = source or self.map_source
+        with visiting([source.backbone], self.policy.device, self.config.model.offload):
+            return [
+                self.allocation_maps(b.frames, b.prompts, b.grid, iteration=iteration, credit=credit, source=source)
+                for b, credit in zip(found.buckets, found.credits, strict=True)
+            ]
+
     def allocation_maps(
         self,
         frames: Tensor,
@@ -229,41 +239,54 @@ class Trainer:
         *,
         iteration: int,
         credit: Tensor | None = None,
+        source: MapSource | None = None,
     ) -> Tensor:
-        """Make the configured maps (N, T, H, W) of frames (N, F, 3, Y, X) on a latent grid (T, H, W)."""
+        """Make the maps (N, T, H, W) of frames (N, F, 3, Y, X) on a latent grid (T, H, W), as `maps_of`."""
         compression, alone = frame_groups(frames.shape[1], grid[0])
-        return self.map_source(
+        return (source or self.map_source)(
             frames,
             prompts,
             grid,
             compression,
             first_frame_alone=alone,
             credit=credit,
-            generator=torch.Generator().manual_seed(self.config.run.seed * 1_000_003 + iteration),
+            generator=self.map_generator(iteration),
         )
 
-    def _update(
-        self, trajectories: list[Trajectory], advantages: Sequence[Tensor], plan: list[list[int]]
-    ) -> dict[str, Tensor]:
-        """Take the configured optimizer steps on one rollout; return their mean statistics.
+    def map_generator(self, iteration: int) -> torch.Generator:
+        """Make the generator of an iteration's random controls."""
+        return torch.Generator().manual_seed(self.config.run.seed * 1_000_003 + iteration)
 
-        `advantages` are the pixel advantages of the trajectories in order, in pieces of one shape each; `plan` the
-        trained steps of every optimizer step.
-        """
+    def _update(self, found: Experience, maps: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Take the configured optimizer steps on one rollout; return their mean statistics."""
         settings = self.config.optimizer
         totals: defaultdict[str, list[Tensor]] = defaultdict(list)
-        samples = sum(len(traj) for traj in trajectories)
-        rows = iter([row for piece in advantages for row in piece])
-        parts = [torch.stack(list(itertools.islice(rows, len(traj)))) for traj in trajectories]
-        for steps in plan:
-            self.optimizer.zero_grad(set_to_none=True)
-            for traj, part in zip(trajectories, parts, strict=True):
-                self._accumulate(traj, part, steps, weight=len(traj) / (samples * len(steps)), totals=totals)
+        for steps in found.plan:
+            self.accumulate(found, maps, steps, totals)
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm)
             require_finite("gradient", norm)
             totals["grad_norm"].append(norm.detach())
             self.optimizer.step()
         return {name: torch.stack(values).mean() for name, values in totals.items()}
+
+    def accumulate(
+        self, found: Experience, maps: Sequence[Tensor], steps: list[int], totals: defaultdict[str, list[Tensor]]
+    ) -> None:
+        """Set the parameters' gradients to those of the loss over all samples and the given trained steps.
+
+        Args:
+            found: the rollout.
+            maps: (n, T, H, W) per bucket.
+            steps: those that one optimizer step trains.
+            totals: the statistics of every loss are appended.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        shares = found.advantages.split([len(m) for m in maps])
+        rows = iter([row for share, m in zip(shares, maps, strict=True) for row in pixel_advantages(share, m)])
+        samples = len(found.advantages)
+        for traj in found.trajectories:
+            part = torch.stack(list(itertools.islice(rows, len(traj))))
+            self._accumulate(traj, part, steps, weight=len(traj) / (samples * len(steps)), totals=totals)
 
     def _choose_steps(self, traj: Trajectory, iteration: int) -> list[list[int]]:
         """Draw the trained steps and deal them out to the updates, ascending within each."""
@@ -310,21 +333,13 @@ class Trainer:
         self.policy.replay(traj, steps=steps, on_step=on_step, with_kl=with_kl)
 
 
-class _Bucket(NamedTuple):
-    """Neighbouring samples of one shape: frames (n, F, 3, Y, X), their prompts, their latent grid (T, H, W)."""
-
-    frames: Tensor
-    prompts: list[str]
-    grid: tuple[int, int, int]
-
-
-def _buckets(decoded: list[tuple[Trajectory, Tensor]]) -> list[_Bucket]:
+def _buckets(decoded: list[tuple[Trajectory, Tensor]]) -> list[Bucket]:
     """Join decoded trajectories whose neighbours have the same shapes: all of them, unless prompts differ in size."""
     found = []
     for (_, grid), run in itertools.groupby(decoded, lambda pair: (pair[1].shape[1:], pair[0].latent_shape[1:])):
         pairs = list(run)
         prompts = [prompt for traj, _ in pairs for prompt in traj.prompts]
-        found.append(_Bucket(torch.cat([frames for _, frames in pairs]), prompts, grid))
+        found.append(Bucket(torch.cat([frames for _, frames in pairs]), prompts, grid))
     return found
 
 

@@ -21,7 +21,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -163,6 +163,36 @@ class Trajectory:
         """Return the trajectory with every tensor on a device."""
         moved: Self = _each_tensor(self, lambda tensor: tensor.to(device))
         return moved
+
+
+class Bucket(NamedTuple):
+    """Neighbouring samples of one shape: frames (n, F, 3, Y, X), their prompts, their latent grid (T, H, W)."""
+
+    frames: Tensor
+    prompts: list[str]
+    grid: tuple[int, int, int]
+
+
+class Experience(NamedTuple):
+    """Sampled and scored groups, before any map.
+
+    Attributes:
+        trajectories: of the micro-batches, with the trained steps only.
+        plan: the trained steps of every optimizer step.
+        buckets: the decoded samples.
+        credits: what the reward returned beside its scores, per bucket.
+        rewards: (R, N).
+        kept: (N,) bool, false in groups where a reward has failed.
+        advantages: (N,), 0 where not kept.
+    """
+
+    trajectories: list[Trajectory]
+    plan: list[list[int]]
+    buckets: list[Bucket]
+    credits: list[Tensor | None]
+    rewards: Tensor
+    kept: Tensor
+    advantages: Tensor
 
 
 def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
