@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import get_peft_model_state_dict
 from torch import nn
 
@@ -37,7 +36,7 @@ def save_lora(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module], fold
     weight_name="transformer_2_lora_weights.safetensors", load_into_transformer_2=True).
     """
     for name, denoiser in denoisers.items():
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser))
+        layers = get_peft_model_state_dict(denoiser)  # one naming for all: diffusers goes by the first key
         kind = name.removesuffix("_2")
         type(pipeline).save_lora_weights(
             folder,
