@@ -8,13 +8,25 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "vipo"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
-    {"types", "files", "windows", "named", "nano"},
-    {"kernels", "advantages", "losses", "psm", "config", "prompts", "loading", "media", "offload", "trainable"},
+    {"types", "files", "windows", "named", "nano", "console"},
+    {
+        "kernels",
+        "advantages",
+        "losses",
+        "psm",
+        "config",
+        "prompts",
+        "prompt_sets",
+        "loading",
+        "media",
+        "offload",
+        "trainable",
+    },
     {"scheduler", "pipelines", "rewards", "maps", "pictures"},
     {"policy"},
     {"checkpoint", "runlog", "evaluation", "report"},
     {"trainer"},
-    {"preflight", "demo", "inspection"},
+    {"preflight", "demo", "inspection", "comparison"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
