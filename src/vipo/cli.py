@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import resources
@@ -81,7 +82,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
 
     _add_serve_reward(commands)
 
-    options, rest = parser.parse_known_args(argv)
+    overrides = [text for text in argv if re.match(r"--\w+\.", text)]  # argparse takes one with a blank for an input
+    options, rest = parser.parse_known_args([text for text in argv if text not in overrides])
+    rest = overrides + rest
     if rest and not hasattr(options, "config"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides, options.arguments = rest, argv
