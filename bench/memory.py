@@ -33,7 +33,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from vipo import Config
 from vipo.files import write_atomically
 from vipo.maps import CONTENT_FREE
-from vipo.policy import LORA_TARGETS
+from vipo.trainable import LORA_TARGETS
 
 BEGIN, END = "<!-- bench/memory.py: begin -->", "<!-- bench/memory.py: end -->"
 ROOT = Path(__file__).parents[1]

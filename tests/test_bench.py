@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
 from vipo import Config, DiffusersPolicy
-from vipo.policy import LORA_TARGETS
+from vipo.trainable import LORA_TARGETS
 
 BENCH = Path(__file__).parents[1] / "bench" / "psm.py"
 TIMINGS = [

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from vipo.cli import main
-from vipo.media import to_image, write_video
+from vipo.media import read_frames, to_image, write_video
 from vipo.nano.world import render, sample_scenes
 
 SMALL = [
@@ -95,6 +96,24 @@ def test_demo_runs_and_repeats_bit_for_bit(tmp_path):
     for name in ("base", "grpo", "vipo"):
         assert f'value="{first["evaluation"][name]["reward"]["mean"]}"' in page
     assert 'src="http' not in page and 'href="http' not in page
+
+
+def test_demo_of_clips(tmp_path):
+    done = run("demo", "--video", "-o", tmp_path / "v", "--iterations", 1, "--prompts", 4)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "v" / "summary.json").read_text())
+    assert (summary["modality"], summary["command"]) == ("video", "vipo demo --video --seed 0")
+    names = [metric["name"] for metric in summary["metrics"]]
+    assert {"motion_accuracy", "flicker", "colour_error"} <= set(names) and names[:2] == ["reward_vq", "reward_mq"]
+    assert all(set(summary["evaluation"][arm]) == set(names) for arm in ("base", "grpo", "vipo"))
+    for arm in ("base", "grpo", "vipo", "map"):
+        assert read_frames(tmp_path / "v" / summary["samples"][0][arm]).shape[1:] == (3, 64, 64)
+    config = yaml.safe_load((tmp_path / "v" / "vipo" / "config.yaml").read_text())
+    assert config["map"]["pca_scope"] == "sample" and config["map"]["control"] is None
+    (line,) = [json.loads(line) for line in (tmp_path / "v" / "vipo" / "metrics.jsonl").read_text().splitlines()]
+    assert line["reward_mean"] == pytest.approx(line["reward_mean/nano_vq"] + line["reward_mean/nano_mq"], abs=1e-5)
+    page = (tmp_path / "v" / "report.html").read_text()
+    assert "data:image/webp" in page and 'src="http' not in page
 
 
 def test_maps_of_pictures_and_a_clip(tmp_path):

@@ -24,6 +24,8 @@ FAMILY = {
     "hunyuan_video": "hunyuan_video",
     "nano_vipo": None,
     "nano_grpo": None,
+    "nano_video_vipo": None,
+    "nano_video_grpo": None,
 }
 
 

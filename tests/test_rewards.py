@@ -81,7 +81,7 @@ def test_every_named_reward_has_its_function_and_its_row_in_the_docs():
 def test_heavy_modules_are_imported_when_asked_for():
     tree = ast.parse((Path(__file__).parents[1] / "src" / "vipo" / "rewards" / "__init__.py").read_text())
     own = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 1}
-    assert own == {"preference", "rules"}, "the others are for Named to import"
+    assert own == {"preference", "rules", "remote", "judge"}, "the others are for Named to import"
 
 
 def test_score_checks_the_shape():
@@ -109,3 +109,14 @@ def test_a_reward_may_return_its_credit_map():
     assert score(redness, frames, ["", ""]).credit is None
     with pytest.raises(ValueError, match=r"reward's credit map: expected shape \(N, F, h, w\) with F = 3"):
         score(lambda f, p: (f.mean((1, 2, 3, 4)), f[:, :1, 0]), frames, ["", ""])
+
+
+def test_servers_are_named_like_any_reward_and_need_an_address():
+    remote = load_reward("remote", path="http://127.0.0.1:9/score", options={"timeout": 1.5, "batch": 2})
+    assert (remote.url, remote.timeout, remote.batch) == ("http://127.0.0.1:9/score", 1.5, 2)
+    judge = load_reward("judge", path="http://127.0.0.1:9/v1", options={"model": "m"})
+    assert judge.model == "m"
+    with pytest.raises(ValueError, match="RemoteReward needs an address: set reward.paths"):
+        load_reward("remote")
+    with pytest.raises(ValueError, match="RemoteReward has no option 'timeot'; did you mean 'timeout'?"):
+        load_reward("remote", path="http://127.0.0.1:9/score", options={"timeot": 1})

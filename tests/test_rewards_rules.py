@@ -170,7 +170,7 @@ def test_imscore_adapter_with_a_stand_in(monkeypatch):
         load_reward("imscore")
 
 
-@pytest.mark.parametrize("name", [name for name, entry in REWARDS.items() if entry.ready])
+@pytest.mark.parametrize("name", [name for name, entry in REWARDS.items() if entry.kind == "ready"])
 def test_rules_have_no_order_and_check_their_frames(name):
     reward = load_reward(name)
     frames = pixels(3, 3, 3, 20, 24)

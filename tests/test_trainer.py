@@ -158,6 +158,8 @@ def test_several_rewards_have_weights_and_are_logged_apart(tmp_path):
     assert means[1] == pytest.approx(trainer.frames.mean().item(), abs=1e-5)
     with pytest.raises(ValueError, match="reward.name: expected at least one reward, and weights other than 0"):
         make(tmp_path, name={"redness": 0.0})
+    with pytest.raises(ValueError, match="reward.paths, reward.options: 'hpsv3' is not in reward.name"):
+        Config.from_mapping({"reward": {"options": {"hpsv3": {"dtype": "bfloat16"}}}})
     credit = {"redness": lambda f, p: (brightness(f, p), f.mean(2)), "b": lambda f, p: (brightness(f, p), f.mean(2))}
     with pytest.raises(ValueError, match="expected a credit map of one reward at most, got redness, b"):
         RewardMixture(credit)(trainer.frames, ["a"] * len(trainer.frames))

@@ -158,6 +158,10 @@ class RewardConfig(Section):
 
     name: str | dict[str, float] = "nano"
     """One reward (a name of docs/rewards.md, or package.module:function), or several with their weights."""
+    paths: dict[str, str] = {}
+    """By reward: a folder, file or hub id instead of the published one; of remote and judge the server's address."""
+    options: dict[str, dict[str, Any]] = {}
+    """By reward: its options, see docs/rewards.md."""
     combine: Literal["advantages", "rewards"] = "advantages"
     """Of several: weighted sum of the advantages that each gives alone (the ViPO paper: VQ and MQ), or of rewards."""
     on_failure: Literal["stop", "drop"] = "stop"
@@ -176,6 +180,9 @@ class RewardConfig(Section):
     def _check(self) -> RewardConfig:
         if not self.weights or not all(self.weights.values()):
             raise ValueError(f"reward.name: expected at least one reward, and weights other than 0, got {self.name}")
+        foreign = [name for name in (*self.paths, *self.options) if name not in self.weights]
+        if foreign:
+            raise ValueError(f"reward.paths, reward.options: {foreign[0]!r} is not in reward.name")
         return self
 
 

@@ -12,7 +12,7 @@ from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from .nano import assets_path, resolve
+from .nano import resolve
 
 CALL_FILE = "vipo.json"
 """Optional file in a pipeline folder: {"call": {...}}, keywords that every call of this pipeline needs."""
@@ -106,7 +106,7 @@ def pipeline_folder(name: str | Path) -> Path:
 
 def _locate(name: str | Path) -> tuple[str, bool]:
     """Folder or hub id of a pipeline, and whether it is a folder."""
-    path = str(assets_path("t2v")) if name == "nano_video" else resolve(str(name), "t2i")
+    path = resolve(str(name), "t2i")
     folder = Path(path)
     local = folder.is_dir()
     if local and not (folder / "model_index.json").is_file():

@@ -69,7 +69,11 @@ class Trainer:
         self.policy = policy or make_policy(config)
         waits = "cpu" if config.model.offload != "none" else self.policy.device
         weights = config.reward.weights
-        rewards = {name: reward or load_reward(name, waits) for name in weights}
+        paths, options = config.reward.paths, config.reward.options
+        rewards = {
+            name: reward or load_reward(name, waits, path=paths.get(name), options=options.get(name))
+            for name in weights
+        }
         self.reward = RewardMixture(rewards, weights)
         self.map_source = MapSource(config.map, waits, psm=psm)
         self.map_source.check([prompt.text for prompt in self.prompts])

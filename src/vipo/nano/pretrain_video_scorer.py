@@ -311,6 +311,7 @@ def train(
             "parameters": parameter_count(scorer),
             "data": f"{pool} procedural clips in pairs ({', '.join(KINDS)}), batch 24 pairs",
             "generator": made,
+            **({"continues": "vision tower of the nano image scorer"} if score == "vq" else {}),
             "objective": "logistic loss on the difference of scores; auxiliary heads for words and faults",
             **held_out_accuracy(scorer, source),
             **facts,

@@ -10,13 +10,12 @@ from difflib import get_close_matches
 from importlib import import_module
 from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from ..named import import_function
-from ..nano import assets_path
 from ..types import check_shape
 from .judge import JudgeReward as JudgeReward
 from .preference import ClipPreference as ClipPreference
@@ -51,17 +50,18 @@ class Named(NamedTuple):
 
     Attributes:
         module: of vipo.rewards, imported when it is asked for.
-        function: (path, device, **options) -> reward; with `ready`, the reward itself.
+        function: what gives the reward, see `kind`.
         path: what is loaded where no path is given: a hub id, a name, or None.
         options: keyword arguments of the function, before the caller's.
-        ready: nothing is to be loaded.
+        kind: "loaded": (path, device, **options) -> reward; "server": (path, **options) -> reward, the path being an
+            address; "ready": the function is the reward.
     """
 
     module: str
     function: str
     path: str | None = None
     options: Mapping[str, Any] = {}
-    ready: bool = False
+    kind: Literal["loaded", "server", "ready"] = "loaded"
 
     def __call__(
         self, device: torch.device | str, path: str | None = None, options: Mapping[str, Any] | None = None
@@ -72,21 +72,27 @@ class Named(NamedTuple):
             ValueError: nothing loadable there, or an option that it does not have.
         """
         function: Callable[..., Any] = getattr(import_module(f".{self.module}", __name__), self.function)
-        known = (
-            () if self.ready else [name for name in signature(function).parameters if name not in ("path", "device")]
-        )
+        taken = ("path", "device", "url")
+        known = [] if self.kind == "ready" else [name for name in signature(function).parameters if name not in taken]
         for option in options or {}:
             if option in self.options or option not in known:
                 free = [name for name in known if name not in self.options]
                 near = get_close_matches(option, free, 1, 0.5)
                 hint = f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(free) or 'none'}"
                 raise ValueError(f"reward: {self.function} has no option {option!r}; {hint}")
-        if self.ready:
+        if self.kind == "ready":
             if path is not None:
                 raise ValueError(f"reward: {self.function} takes no path, got {path!r}")
             reward: Reward = function
             return reward
         where = path if path is not None else self.path
+        if self.kind == "server":
+            if where is None:
+                raise ValueError(
+                    f"reward: {self.function} needs an address: set reward.paths, as http://host:8000/score"
+                )
+            asked: Reward = function(where, **self.options, **(options or {}))
+            return asked
         loaded: Reward = function(where, device, **self.options, **(options or {}))
         return loaded
 
@@ -95,8 +101,8 @@ _CLIP_L = "openai/clip-vit-large-patch14"
 _VIDEO_REWARD = "KwaiVGI/VideoReward"
 REWARDS: dict[str, Named] = {
     "nano": Named("preference", "load_clip", "nano"),
-    "nano_vq": Named("preference", "load_clip", str(assets_path("scorer_vq"))),
-    "nano_mq": Named("preference", "load_clip", str(assets_path("scorer_mq"))),
+    "nano_vq": Named("preference", "load_clip", "nano_vq"),
+    "nano_mq": Named("preference", "load_clip", "nano_mq"),
     "pickscore": Named("preference", "load_clip", "yuvalkirstain/PickScore_v1"),
     "hpsv2.1": Named("preference", "load_clip", "RE-N-Y/hpsv21", {"scale": "cosine", "fit": "pad"}),
     "clipscore": Named("preference", "load_clip", _CLIP_L, {"scale": "clipscore"}),
@@ -110,13 +116,15 @@ REWARDS: dict[str, Named] = {
     "videoalign_ta": Named("vision_language", "load_videoalign", _VIDEO_REWARD, {"dimensions": ("TA",)}),
     "geneval": Named("detection", "load_geneval"),
     "ocr": Named("ocr", "load_ocr"),
+    "remote": Named("remote", "RemoteReward", kind="server"),
+    "judge": Named("judge", "JudgeReward", kind="server"),
     "imscore": Named("wrappers", "load_imscore"),
-    "dynamic_degree": Named("motion", "dynamic_degree", ready=True),
-    "motion_smoothness": Named("motion", "motion_smoothness", ready=True),
-    "redness": Named("rules", "redness", ready=True),
-    "brightness": Named("rules", "brightness", ready=True),
-    "compressibility": Named("rules", "compressibility", ready=True),
-    "incompressibility": Named("rules", "incompressibility", ready=True),
+    "dynamic_degree": Named("motion", "dynamic_degree", kind="ready"),
+    "motion_smoothness": Named("motion", "motion_smoothness", kind="ready"),
+    "redness": Named("rules", "redness", kind="ready"),
+    "brightness": Named("rules", "brightness", kind="ready"),
+    "compressibility": Named("rules", "compressibility", kind="ready"),
+    "incompressibility": Named("rules", "incompressibility", kind="ready"),
     "nano_shape_iou": Named("rules", "nano_metric", None, {"metric": "shape_iou"}),
     "nano_shape": Named("rules", "nano_metric", None, {"metric": "shape_accuracy"}),
     "nano_colour": Named("rules", "nano_metric", None, {"metric": "colour_error"}),

@@ -20,7 +20,7 @@ from ..psm.backbones import first_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNSAFE = (".pt", ".pth", ".bin", ".ckpt")
-_FEWEST_TOKENS = 256  # any byte alphabet has more; transformers makes an empty tokenizer of a folder without one
+_FEWEST_TOKENS = 16  # transformers makes an empty tokenizer, of special tokens only, of a folder without one
 _VISION_HEAD, _TEXT_HEAD = 80, 64  # channels per head of open_clip's ViT-H-14, which its weights do not tell
 
 
