@@ -26,7 +26,7 @@ LAYERS = [
     {"policy"},
     {"checkpoint", "runlog", "evaluation", "report"},
     {"trainer"},
-    {"preflight", "demo", "inspection", "comparison"},
+    {"preflight", "demo", "demo_kinds", "inspection", "comparison"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

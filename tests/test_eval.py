@@ -205,7 +205,7 @@ def test_clips_keep_equal_frames_and_are_compared(tmp_path, prompts):
 
 
 def test_samples_are_rounded_before_anything_looks_and_do_not_depend_on_their_neighbours(tmp_path):
-    contest = contest_of_models("nano", None, "nano", [STEPS])
+    contest = contest_of_models("nano", None, "nano", ["brightness"], [STEPS])
     prompts = [Prompt(text) for text in PROMPTS.splitlines()]
     store = SampleStore(tmp_path / "a", prompts, 2, contest.config)
     store.make(contest.base, lambda done: None)
@@ -223,6 +223,21 @@ def test_samples_are_rounded_before_anything_looks_and_do_not_depend_on_their_ne
     assert not set(reseeded.noise) & set(store.noise) and reseeded.file(contest.base, 0) is None
     other = Prompt(prompts[0].text, {"guidance_scale": 2.0}, "{...}")
     assert SampleStore(tmp_path / "a", [other], 1, contest.config).file(contest.base, 0) is None
+
+
+def test_rewards_keep_the_paths_and_options_of_their_run(trained, tmp_path):
+    folder, scorer = tmp_path / "run", str(ASSETS / "scorer")
+    shutil.copytree(trained, folder)
+    text = (folder / "config.yaml").read_text()
+    assert "  paths: {}\n" in text
+    (folder / "config.yaml").write_text(text.replace("  paths: {}\n", f"  paths: {{nano: {scorer}}}\n"))
+    options = ["--reward.options={pickscore: {dtype: bfloat16}}", "--reward.paths={pickscore: here}"]
+    section = contest_of_run(folder, None, ["pickscore", "nano"], options).config.reward
+    assert section.paths == {"nano": scorer, "pickscore": "here"} and section.options == {
+        "pickscore": {"dtype": "bfloat16"}
+    }
+    other = contest_of_run(folder, None, ["brightness"])
+    assert other.config.reward.paths == {} and other.in_domain == {"nano"}
 
 
 def test_fingerprints_are_of_bytes_and_names(tmp_path):
@@ -265,6 +280,9 @@ BAD = [
     (["RUN", "--lora", "x"], "--lora and --trained go with --model"),
     (["RUN", "--checkpoint", 7], "no checkpoint of iteration 7; there are 1, 2"),
     (["RUN", "--loss.level=sample"], "vipo eval takes --model.KEY"),
+    (["RUN", "--reward.std=sample"], "vipo eval takes --reward.paths and --reward.options only"),
+    (["RUN", "--reward.paths={pickscore: here}"], "'pickscore' is not in reward.name"),
+    (["RUN", "--reward.options={nano: {dtpe: float32}}"], "did you mean 'dtype'?"),
     (["RUN", "--sampling.num_inference_step=3"], "did you mean sampling.num_inference_steps?"),
     (["RUN", "--rewards", "pickscor"], "did you mean 'pickscore'?"),
     (["RUN", "--prompts", "none.tsv"], "prompts.path: no such file: none.tsv"),
@@ -274,8 +292,9 @@ BAD = [
     (["RUN", "-o", "full"], "full holds thesis.txt, which is no part of an evaluation"),
     (["--model", "nano"], "--lora FOLDER or as --trained PIPELINE"),
     (["--model", "nano", "--lora", "full", "--prompts", "general", "--rewards", "nano"], "no .safetensors in full"),
-    (["--model", "./gone", "--trained", "nano"], "no such folder: ./gone"),
+    (["--model", "./gone", "--trained", "nano", "--rewards", "nano"], "no such folder: ./gone"),
     (["--model", "nano", "--trained", "nano", "--rewards", "nano"], "--prompts: expected a file"),
+    (["--model", "nano", "--trained", "nano", "--rewards", "remote", "--prompts", "general"], "needs an address"),
     (["--model", "nano", "--trained", "nano", "--prompts", "general"], "--rewards: expected at least one"),
 ]
 

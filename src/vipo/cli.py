@@ -276,10 +276,11 @@ def _eval(options: argparse.Namespace) -> int:
     are kept in OUTPUT/samples: an interrupted evaluation goes on where it was.
 
     Sampling is that of RUN's config, with --model the pipeline's own; --sampling.KEY=VALUE, --model.KEY=VALUE and
-    --map.KEY=VALUE override it as in vipo train."""
-    foreign = [text for text in options.overrides if not text.startswith(("--model.", "--sampling.", "--map."))]
+    --map.KEY=VALUE override it as in vipo train; --reward.paths and --reward.options go with the named rewards."""
+    sections = ("--model.", "--sampling.", "--map.", "--reward.")
+    foreign = [text for text in options.overrides if not text.startswith(sections)]
     if foreign:
-        raise ValueError(f"{foreign[0]}: vipo eval takes --model.KEY, --sampling.KEY, --map.KEY and vipo eval --help")
+        raise ValueError(f"{foreign[0]}: vipo eval takes {'KEY, '.join(sections)}KEY and vipo eval --help")
     if (options.run is None) == (options.model is None):
         raise ValueError("expected a run directory or --model PIPELINE, one of them")
     if options.run is not None and (options.lora is not None or options.trained is not None):
@@ -293,13 +294,11 @@ def _eval(options: argparse.Namespace) -> int:
     from .comparison.sides import contest_of_models, contest_of_run
 
     if options.run is not None:
-        contest = contest_of_run(options.run, options.checkpoint, options.overrides)
+        contest = contest_of_run(options.run, options.checkpoint, options.rewards, options.overrides)
     else:
-        contest = contest_of_models(options.model, options.lora, options.trained, options.overrides)
+        contest = contest_of_models(options.model, options.lora, options.trained, options.rewards, options.overrides)
     output = options.output or (Path("runs/eval") if options.run is None else options.run / "eval")
-    wanted = EvalOptions(
-        options.prompts, options.rewards, options.seeds, options.seed, options.limit, typed_command(options.arguments)
-    )
+    wanted = EvalOptions(options.prompts, options.seeds, options.seed, options.limit, typed_command(options.arguments))
     console = Console()
     with progress_bars(console) as bars:
         record = compare(contest, wanted, output, progress=reporter(bars))

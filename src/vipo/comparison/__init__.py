@@ -54,7 +54,7 @@ def compare(
 
     Args:
         contest: the two sides.
-        options: prompts, rewards, seeds.
+        options: prompts and seeds.
         output: folder; samples that an earlier call left there are used again where nothing about them has changed.
         progress: told how far each stage is.
 
@@ -66,13 +66,14 @@ def compare(
     """
     check_output(output)
     prompts, repeated = _choose(contest, options)
-    names = list(dict.fromkeys(options.rewards or sorted(contest.in_domain or ())))
-    if not names:
-        raise ValueError("--rewards: expected at least one; what was trained on is not known with --model")
     config = contest.config
     device = torch.device(config.model.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     waits = "cpu" if config.model.offload != "none" else device
-    rewards = {name: load_reward(name, waits) for name in names}
+    named = config.reward
+    rewards = {
+        name: load_reward(name, waits, path=named.paths.get(name), options=named.options.get(name))
+        for name in named.weights
+    }
     source = MapSource(config.map.model_copy(update={"source": "psm", "path": None, "control": None}), waits)
     store = SampleStore(output / SAMPLES, prompts, options.seeds, config, seed=options.seed)
 

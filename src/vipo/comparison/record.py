@@ -18,11 +18,10 @@ from .sides import Contest
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """What is measured.
+    """On what the sides are compared.
 
     Attributes:
         prompts: prompt file or name, see `read_prompts`; None for the one that was trained on.
-        rewards: names; empty for those that were trained on.
         seeds: S, samples per prompt and side.
         seed: another one gives other noise throughout.
         limit: evaluate so many prompts, evenly spread over the file; None for all.
@@ -30,7 +29,6 @@ class EvalOptions:
     """
 
     prompts: str | None = None
-    rewards: Sequence[str] = ()
     seeds: int = 2
     seed: int = 0
     limit: int | None = None

@@ -55,7 +55,7 @@ class Contest:
     """Two sides and how both are sampled.
 
     Attributes:
-        config: model, sampling and map of both.
+        config: model, sampling and map of both; `reward` names what they are measured by.
         base: the side before training.
         trained: the side after.
         subject: what the user named, for the page.
@@ -71,12 +71,15 @@ class Contest:
     trained_on: str | None
 
 
-def contest_of_run(run: Path, checkpoint: int | None = None, overrides: Sequence[str] = ()) -> Contest:
+def contest_of_run(
+    run: Path, checkpoint: int | None = None, rewards: Sequence[str] = (), overrides: Sequence[str] = ()
+) -> Contest:
     """Compare the model that a run started from with one of its checkpoints.
 
     Args:
         run: directory of `vipo train`.
         checkpoint: iteration; None for the newest.
+        rewards: names; empty for those that were trained on, which keep their paths and options in any case.
         overrides: of the run's config, such as "--sampling.num_inference_steps=28".
 
     Raises:
@@ -87,7 +90,10 @@ def contest_of_run(run: Path, checkpoint: int | None = None, overrides: Sequence
         raise ValueError(f"{run} holds no run of vipo train (no {CONFIG}); for two models give --model instead")
     if not found:
         raise ValueError(f"{run} has no checkpoint yet; expected {run / 'checkpoints' / 'step_000001'} or later")
-    config = Config.from_yaml(file, overrides)
+    for_rewards, others = _split(overrides)
+    config = Config.from_yaml(file, others)
+    trained_on = frozenset(config.reward.weights)
+    config = _measured_by(config, rewards or sorted(trained_on), for_rewards)
     chosen = found[-1] if checkpoint is None else run / "checkpoints" / f"step_{checkpoint:06d}"
     if chosen not in found:
         steps = ", ".join(str(int(path.name.removeprefix("step_"))) for path in found)
@@ -96,10 +102,12 @@ def contest_of_run(run: Path, checkpoint: int | None = None, overrides: Sequence
     lora, full = (weights, None) if config.model.train == "lora" else (None, weights)
     base, trained = sides(config.model.path, lora=lora, full=full)
     subject = {"run": str(run), "checkpoint": int(chosen.name.removeprefix("step_")), "model": config.model.path}
-    return Contest(config, base, trained, subject, frozenset(config.reward.weights), config.prompts.path)
+    return Contest(config, base, trained, subject, trained_on, config.prompts.path)
 
 
-def contest_of_models(model: str, lora: Path | None, full: str | None, overrides: Sequence[str] = ()) -> Contest:
+def contest_of_models(
+    model: str, lora: Path | None, full: str | None, rewards: Sequence[str], overrides: Sequence[str] = ()
+) -> Contest:
     """Compare a pipeline with itself under an adapter, or with another pipeline.
 
     What the overrides leave open is the pipeline's own: number of steps, guidance, size.
@@ -108,6 +116,7 @@ def contest_of_models(model: str, lora: Path | None, full: str | None, overrides
         model: folder, hub id, nano or nano_video.
         lora: folder of an adapter for it.
         full: instead of an adapter, the trained pipeline.
+        rewards: names, at least one.
         overrides: such as "--sampling.guidance_scale=3.5".
 
     Raises:
@@ -115,10 +124,32 @@ def contest_of_models(model: str, lora: Path | None, full: str | None, overrides
     """
     if (lora is None) == (full is None):
         raise ValueError("--model: expected the trained side as --lora FOLDER or as --trained PIPELINE, one of them")
+    if not rewards:
+        raise ValueError("--rewards: expected at least one; what was trained on is not known with --model")
     base, trained = sides(model, lora=lora, full=full)
-    mapping = apply_overrides({"model": {"path": model}, "sampling": _own_sampling(base.pipeline)}, overrides)
+    for_rewards, others = _split(overrides)
+    mapping = apply_overrides({"model": {"path": model}, "sampling": _own_sampling(base.pipeline)}, others)
+    config = _measured_by(Config.from_mapping(mapping), rewards, for_rewards)
     subject = {"model": model, **({"lora": str(lora)} if lora is not None else {"trained": full})}
-    return Contest(Config.from_mapping(mapping), base, trained, subject, None, None)
+    return Contest(config, base, trained, subject, None, None)
+
+
+def _split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides of the reward section, and the others."""
+    return [o for o in overrides if o.startswith("--reward.")], [o for o in overrides if not o.startswith("--reward.")]
+
+
+def _measured_by(config: Config, rewards: Sequence[str], overrides: Sequence[str]) -> Config:
+    """The config with these rewards, their paths and options those of the config unless the overrides have others."""
+    given = apply_overrides({"reward": {}}, overrides)["reward"]
+    section: dict[str, Any] = {"name": dict.fromkeys(rewards, 1.0)}
+    for key, known in (("paths", config.reward.paths), ("options", config.reward.options)):
+        stated = given.pop(key, {})
+        kept = {name: value for name, value in known.items() if name in rewards}
+        section[key] = {**kept, **stated} if isinstance(stated, dict) else stated
+    if given:
+        raise ValueError(f"--reward.{next(iter(given))}: vipo eval takes --reward.paths and --reward.options only")
+    return Config.from_mapping({**config.model_dump(mode="json"), "reward": section})
 
 
 def sides(model: str | Path, *, lora: Path | None, full: str | Path | None) -> tuple[Side, Side]:
