@@ -181,11 +181,15 @@ def test_the_trained_side_is_the_trained_policy(trained):
     assert (base - expected).abs().max() > 1e-3
 
 
-def test_a_run_of_all_weights(prompts, tmp_path):
+def test_a_run_of_all_weights_on_a_published_set(tmp_path):
     folder = train(tmp_path / "run", train="full")
-    call(folder, "--prompts", prompts, "--limit", 1, "--rewards", "brightness")
-    found = record(folder / "eval")
-    assert found["drift"]["whole"]["mean"] > 0 and found["per_prompt"][0]["prompt"] == PROMPTS.splitlines()[0]
+    (tmp_path / "set.csv").write_text("Prompts,Category\na red star,Colors\ntwo rings,Counting\na red star,Colors\n")
+    call(folder, "--prompts", tmp_path / "set.csv", "--rewards", "brightness")
+    found, page = record(folder / "eval"), (folder / "eval" / "report.html").read_text()
+    assert found["drift"]["whole"]["mean"] > 0 and "1 repeated prompts of the file were left out." in found["notes"]
+    assert [(entry["category"], entry["prompts"]) for entry in found["categories"]] == [("Colors", 1), ("Counting", 1)]
+    rows, second = found["per_prompt"], found["categories"][1]["differences"]["brightness"]
+    assert second["mean"] == rows[1]["rewards"]["brightness"]["difference"] and "Differences by category" in page
 
 
 def test_clips_keep_equal_frames_and_are_compared(tmp_path, prompts):

@@ -55,6 +55,8 @@ def test_prompts_are_resampled_and_not_their_samples():
     four = compare_groups(np.repeat(base + lift, 4, 1), np.repeat(base, 4, 1))  # copies say nothing more
     assert four["difference"] == pytest.approx(one["difference"])
     assert one["difference"]["mean"] == pytest.approx(lift.mean())
+    assert one["base"]["mean"] == pytest.approx(base.mean())
+    assert one["trained"]["mean"] == pytest.approx((base + lift).mean())
     assert one["sign_test"]["better"] == (lift > 0).sum()
 
 
