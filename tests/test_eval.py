@@ -95,6 +95,7 @@ def test_a_run_against_its_base(trained, prompts, tmp_path):
     expected = np.mean(scores["trained"]) - np.mean(scores["base"])
     assert brightness["difference"]["mean"] == pytest.approx(expected) and expected != 0
     assert brightness["difference"]["low"] <= expected <= brightness["difference"]["high"]
+    assert any("intervals of 3 prompts are too narrow" in note for note in found["notes"])
     rows = found["per_prompt"]
     assert [row["prompt"] for row in rows] == PROMPTS.splitlines()
     assert rows[1]["rewards"]["nano"]["base"] == pytest.approx(np.mean(found["samples"]["nano"]["base"][1]))

@@ -16,6 +16,10 @@ from .samples import sampling_settings
 from .sides import Contest
 
 
+FEW = 20
+"""Prompts below which the page warns: percentile intervals of so few cover too little."""
+
+
 @dataclass(frozen=True)
 class EvalOptions:
     """On what the sides are compared.
@@ -160,6 +164,8 @@ def _categories(prompts: Sequence[Prompt], per_prompt: dict[str, dict[str, Value
 def _notes(contest: Contest, prompts: Sequence[Prompt], repeated: int, rewards: list[dict[str, Any]]) -> list[str]:
     """What a reader must know before believing the numbers."""
     notes = ["The intervals cover prompts, not training runs: another training seed may turn out otherwise."]
+    if len(prompts) < FEW:
+        notes.append(f"Bootstrap intervals of {len(prompts)} prompts are too narrow; believe the sign test, or add some.")
     if contest.base.fingerprint == contest.trained.fingerprint:
         notes.append("Both sides have the same weights: every difference is 0 by construction.")
     if contest.trained_on is not None:
