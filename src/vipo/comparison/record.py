@@ -165,7 +165,9 @@ def _notes(contest: Contest, prompts: Sequence[Prompt], repeated: int, rewards: 
     """What a reader must know before believing the numbers."""
     notes = ["The intervals cover prompts, not training runs: another training seed may turn out otherwise."]
     if len(prompts) < FEW:
-        notes.append(f"Bootstrap intervals of {len(prompts)} prompts are too narrow; believe the sign test, or add some.")
+        notes.append(
+            f"Bootstrap intervals of {len(prompts)} prompts are too narrow; believe the sign test, or add some."
+        )
     if contest.base.fingerprint == contest.trained.fingerprint:
         notes.append("Both sides have the same weights: every difference is 0 by construction.")
     if contest.trained_on is not None:
