@@ -15,7 +15,6 @@ from ..types import Prompt
 from .samples import sampling_settings
 from .sides import Contest
 
-
 FEW = 20
 """Prompts below which the page warns: percentile intervals of so few cover too little."""
 
