@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "vipo"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
-    {"types", "files", "windows", "named", "nano"},
+    {"types", "files", "windows", "named", "nano", "console"},
     {
         "kernels",
         "advantages",
@@ -17,6 +17,7 @@ LAYERS = [
         "psm",
         "config",
         "prompts",
+        "prompt_sets",
         "loading",
         "media",
         "offload",
@@ -26,7 +27,7 @@ LAYERS = [
     {"policy"},
     {"checkpoint", "runlog", "evaluation", "report"},
     {"trainer"},
-    {"preflight", "signal", "demo_kinds", "inspection"},
+    {"preflight", "signal", "demo_kinds", "inspection", "comparison"},
     {"demo"},
     {"cli", "__main__"},
 ]

@@ -15,6 +15,7 @@ from vipo.cli import main
 from vipo.media import read_frames, to_image, write_video
 from vipo.nano.world import render, sample_scenes
 
+COMMANDS = ("demo", "train", "check", "maps", "eval", "report", "serve-reward")
 SMALL = [
     "--prompts.per_iteration=1",
     "--prompts.group_size=2",
@@ -41,13 +42,13 @@ def fails(capsys, *arguments):
 
 
 def test_help_is_complete_and_fast():
-    for command in ("demo", "train", "check", "maps", "report", "serve-reward"):
+    for command in COMMANDS:
         helped = run(command, "--help")
         assert helped.returncode == 0 and "usage: vipo" in helped.stdout, helped.stderr
     keys = run("train", "--help").stdout
     assert "--loss.clip_range=0.1" in keys and "--prompts.group_size=8" in keys
     top = run("--help").stdout
-    assert all(f"vipo {command}" in top for command in ("demo", "train", "check", "maps", "report", "serve-reward"))
+    assert all(f"vipo {command}" in top for command in COMMANDS)
     imported = "import sys, vipo.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", imported], check=False).returncode == 0
 

@@ -9,6 +9,7 @@ from tiny_pipelines import FAMILIES, build
 
 from vipo.kernels import Gaussian, gaussian_log_prob
 from vipo.policy import DiffusersPolicy, to_grid
+from vipo.trainable import LORA_TARGETS
 
 PROMPTS, SEEDS, STEPS = ["a red cat", "two blue dogs"], [11, 12], 5
 
@@ -213,8 +214,9 @@ def test_kl_without_a_reference_is_refused():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_saved_lora_gives_the_trained_look_in_plain_diffusers(name, tmp_path):
-    adapter = LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, target_modules=["to_q", "to_v"])
+@pytest.mark.parametrize("targets", [["to_q", "to_v"], LORA_TARGETS], ids=["some", "default"])
+def test_saved_lora_gives_the_trained_look_in_plain_diffusers(name, targets, tmp_path):
+    adapter = LoraConfig(r=4, lora_alpha=12, init_lora_weights=False, target_modules=targets)
     policy = make(name, train=adapter)
     trained = policy.generate(PROMPTS, seeds=SEEDS, num_inference_steps=2, **FAMILIES[name].call)
     policy.save(tmp_path)

@@ -1,4 +1,4 @@
-"""Command line: vipo demo | train | check | maps | report | serve-reward."""
+"""Command line: vipo demo | train | check | maps | eval | report | serve-reward."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib import resources
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from . import __version__
+from .console import progress_bars, reporter, typed_command
 
 DESCRIPTION = """\
 Post-train image and video generators with pixel-level advantages (ViPO, arXiv 2511.18719).
@@ -22,6 +24,7 @@ Post-train image and video generators with pixel-level advantages (ViPO, arXiv 2
   vipo check CONFIG.yaml --signal  measure before the run whether its map helps (minutes)
   vipo maps INPUT... -o OUT        see and measure the allocation maps of your own pictures and clips
   vipo train CONFIG.yaml           train any diffusers pipeline, images or video
+  vipo eval RUN                    base against trained: rewards, held-out rewards, diversity, drift, with intervals
   vipo report RUN                  write a run directory's report.html again
   vipo serve-reward NAME           let other machines ask a reward over HTTP
 """
@@ -79,17 +82,20 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     check.add_argument("--json", type=Path, metavar="FILE", help="with --signal: write the numbers")
 
     _add_maps(commands)
+    _add_eval(commands)
 
     report = commands.add_parser("report", help="write report.html of a run directory", description=_report.__doc__)
-    report.add_argument("run", type=Path, help="directory written by vipo train or vipo demo")
+    report.add_argument("run", type=Path, help="directory written by vipo train, demo or eval")
     report.set_defaults(command=_report)
 
     _add_serve_reward(commands)
 
-    options, rest = parser.parse_known_args(argv)
+    overrides = [text for text in argv if re.match(r"--\w+\.", text)]  # argparse takes one with a blank for an input
+    options, rest = parser.parse_known_args([text for text in argv if text not in overrides])
+    rest = overrides + rest
     if rest and not hasattr(options, "config"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    options.overrides = rest
+    options.overrides, options.arguments = rest, argv
     return options
 
 
@@ -118,6 +124,29 @@ def _add_maps(commands: Any) -> None:
     maps.add_argument("--device", help="torch device (default: cuda where there is one)")
     maps.add_argument("--seed", type=int, default=0, help="of the random controls (%(default)s)")
     maps.set_defaults(command=_maps)
+
+
+def _add_eval(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="base against trained on prompts and rewards",
+        usage="vipo eval RUN | --model PIPELINE (--lora FOLDER | --trained PIPELINE) [--SECTION.KEY=VALUE ...] ...",
+        description=inspect.cleandoc(_eval.__doc__ or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    evaluate.add_argument("run", metavar="RUN", nargs="?", type=Path, help="directory written by vipo train")
+    evaluate.add_argument("--checkpoint", type=int, metavar="N", help="of RUN: iteration (default: the newest)")
+    evaluate.add_argument("--model", metavar="PIPELINE", help="instead of RUN: folder, hub id, nano or nano_video")
+    evaluate.add_argument("--lora", type=Path, metavar="FOLDER", help="trained side of --model: an adapter")
+    evaluate.add_argument("--trained", metavar="PIPELINE", help="trained side of --model: another pipeline")
+    evaluate.add_argument("--prompts", metavar="FILE", help="prompt file or name (default: what RUN was trained on)")
+    evaluate.add_argument("--rewards", metavar="NAME", nargs="+", default=[], help="(default: what RUN was trained on)")
+    evaluate.add_argument("--seeds", type=int, default=2, help="samples per prompt and side (default: %(default)s)")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    evaluate.add_argument("--limit", type=int, help="evaluate so many prompts, evenly spread over the file")
+    evaluate.add_argument("-o", "--output", type=Path, help="folder (default: RUN/eval, with --model runs/eval)")
+    evaluate.set_defaults(command=_eval, config=None)
 
 
 def _add_serve_reward(commands: Any) -> None:
@@ -188,7 +217,7 @@ def _demo(options: argparse.Namespace) -> int:
     from .demo_kinds import CLIPS, IMAGES
 
     console, output = Console(), options.output or Path("runs/demo_video" if options.video else "runs/demo")
-    with _progress(console) as bars:
+    with progress_bars(console) as bars:
         summary = run_demo(
             output,
             CLIPS if options.video else IMAGES,
@@ -196,44 +225,11 @@ def _demo(options: argparse.Namespace) -> int:
             iterations=options.iterations,
             prompts=options.prompts,
             overwrite=options.overwrite,
-            progress=_reporter(bars),
+            progress=reporter(bars),
         )
     console.print(comparison_table(summary))
     console.print(f"{summary['times']['total']:.0f} s; open {output / 'report.html'}", highlight=False)
     return 0
-
-
-def _progress(console: Any) -> Any:
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    return Progress(
-        TextColumn("{task.description:<16}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[remark]}"),
-        console=console,
-    )
-
-
-def _reporter(bars: Any) -> Any:
-    """(stage, done, total, remark) -> the bar of that stage."""
-    tasks: dict[str, Any] = {}
-
-    def progress(stage: str, done: int, total: int, remark: str) -> None:
-        if stage not in tasks:
-            tasks[stage] = bars.add_task(stage, total=total, remark="")
-        bars.update(tasks[stage], completed=done, remark=remark)
-
-    return progress
 
 
 def _maps(options: argparse.Namespace) -> int:
@@ -253,7 +249,7 @@ def _maps(options: argparse.Namespace) -> int:
 
     first, *others = options.backbone or [config.backbone]
     console = Console()
-    with _progress(console) as bars:
+    with progress_bars(console) as bars:
         outcome = inspect_maps(
             options.inputs,
             options.output,
@@ -271,7 +267,7 @@ def _maps(options: argparse.Namespace) -> int:
                 seed=options.seed,
             ),
             overwrite=options.overwrite,
-            progress=_reporter(bars),
+            progress=reporter(bars),
         )
     for table in tables(outcome.results, outcome.overall):
         console.print(table)
@@ -279,6 +275,45 @@ def _maps(options: argparse.Namespace) -> int:
         print(f"vipo: error: {path}: {reason}", file=sys.stderr)
     console.print(f"{len(outcome.results)} inputs, {len(outcome.failures)} failures; {options.output}", highlight=False)
     return 1 if outcome.failures else 0
+
+
+def _eval(options: argparse.Namespace) -> int:
+    """Sample the model before and after training with the same prompts and seeds, and compare: rewards that were
+    trained on and held-out ones apart, with paired differences, 95 % intervals over prompts, win rates and sign tests;
+    diversity within prompts; change inside and outside the allocation map. Writes eval.json and report.html. Samples
+    are kept in OUTPUT/samples: an interrupted evaluation goes on where it was.
+
+    Sampling is that of RUN's config, with --model the pipeline's own; --sampling.KEY=VALUE, --model.KEY=VALUE and
+    --map.KEY=VALUE override it as in vipo train; --reward.paths and --reward.options go with the named rewards."""
+    sections = ("--model.", "--sampling.", "--map.", "--reward.")
+    foreign = [text for text in options.overrides if not text.startswith(sections)]
+    if foreign:
+        raise ValueError(f"{foreign[0]}: vipo eval takes {'KEY, '.join(sections)}KEY and vipo eval --help")
+    if (options.run is None) == (options.model is None):
+        raise ValueError("expected a run directory or --model PIPELINE, one of them")
+    if options.run is not None and (options.lora is not None or options.trained is not None):
+        raise ValueError("--lora and --trained go with --model; of a run --checkpoint chooses")
+    if options.model is not None and options.checkpoint is not None:
+        raise ValueError("--checkpoint goes with a run directory")
+    from rich.console import Console
+
+    from .comparison import compare
+    from .comparison.record import EvalOptions, tables
+    from .comparison.sides import contest_of_models, contest_of_run
+
+    if options.run is not None:
+        contest = contest_of_run(options.run, options.checkpoint, options.rewards, options.overrides)
+    else:
+        contest = contest_of_models(options.model, options.lora, options.trained, options.rewards, options.overrides)
+    output = options.output or (Path("runs/eval") if options.run is None else options.run / "eval")
+    wanted = EvalOptions(options.prompts, options.seeds, options.seed, options.limit, typed_command(options.arguments))
+    console = Console()
+    with progress_bars(console) as bars:
+        record = compare(contest, wanted, output, progress=reporter(bars))
+    for table in tables(record):
+        console.print(table)
+    console.print(f"open {output / 'report.html'}", highlight=False)
+    return 0
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -298,7 +333,7 @@ def _train(options: argparse.Namespace) -> int:
 
     console = Console()
     trainer = Trainer(config)
-    with _progress(console) as bars:
+    with progress_bars(console) as bars:
         task = bars.add_task("train", total=config.run.iterations, remark="")
 
         def on_iteration(iteration: int, metrics: dict[str, Any]) -> None:
@@ -350,8 +385,8 @@ def _signal(options: argparse.Namespace) -> int:
 
     console = Console()
     groups = 24 if options.groups is None else options.groups
-    with _progress(console) as bars:
-        report = measure_signal(config, groups, options.maps or (), progress=_reporter(bars))
+    with progress_bars(console) as bars:
+        report = measure_signal(config, groups, options.maps or (), progress=reporter(bars))
     console.print(signal_table(report))
     print(report.recommendation)
     if options.json:

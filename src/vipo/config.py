@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from .named import read_yaml
+from .named import apply_overrides, read_yaml
 
 
 class Section(BaseModel):
@@ -352,22 +352,7 @@ class Config(Section):
         Raises:
             ValueError: the file is missing, is not UTF-8 or not YAML, or a value is wrong.
         """
-        mapping = read_yaml(Path(path))
-        for override in overrides:
-            key, separator, text = override.removeprefix("--").partition("=")
-            parts = key.split(".")
-            if not override.startswith("--") or not separator or len(parts) < 2:
-                raise ValueError(f"{override}: expected --section.key=value, e.g. --prompts.group_size=4")
-            target = mapping
-            for part in parts[:-1]:
-                target = target.setdefault(part, {})
-                if not isinstance(target, dict):
-                    raise ValueError(f"{key}: {part} is not a section")
-            try:
-                target[parts[-1]] = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ValueError(f"{key}: not a YAML value: {text}") from error
-        return cls.from_mapping(mapping)
+        return cls.from_mapping(apply_overrides(read_yaml(Path(path)), overrides))
 
     def to_yaml(self) -> str:
         """The resolved config, every key written out."""

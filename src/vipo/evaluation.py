@@ -45,6 +45,60 @@ def paired_difference(
     return {**bootstrap_mean(difference, seed=seed), "win_rate": wins}
 
 
+def sign_test(better: int, worse: int) -> float:
+    """Exact two-sided sign test: the chance of a split at least as uneven if better and worse were equally likely.
+
+        p = min(1, 2 sum_{k <= min(better, worse)} C(n, k) / 2^n),   n = better + worse                 (ties left out)
+
+    Args:
+        better: pairs that got better, >= 0.
+        worse: pairs that got worse, >= 0.
+
+    Returns:
+        p in (0, 1]; 1 without a pair.
+    """
+    n = better + worse
+    tail, term = 0, 1
+    for k in range(min(better, worse) + 1):
+        tail += term
+        term = term * (n - k) // (k + 1)
+    return min(1.0, 2 * tail / (1 << n))  # the integers are exact, their quotient is rounded once
+
+
+def compare_groups(trained: Values, base: Values, *, seed: int = 0) -> dict[str, Any]:
+    """Compare paired values (P, S) of P prompts with S seeds each; higher is better.
+
+    The seeds of a prompt are averaged first and prompts are resampled, not samples: samples of one prompt are alike,
+    and intervals that took them for independent would be too narrow. A pair with a value that is not finite does not
+    count.
+
+    Returns:
+        base, trained and difference with intervals (difference with the win rate over prompts), sign_test over prompts,
+        how many pairs have failed, and the means per prompt (P,), NaN where none counts.
+    """
+    counted = np.isfinite(trained) & np.isfinite(base)
+    number = counted.sum(1)
+    means = [
+        np.where(number > 0, np.where(counted, side, 0.0).sum(1) / np.maximum(number, 1), np.nan)
+        for side in (trained, base)
+    ]
+    difference = means[0] - means[1]
+    better, worse = int((difference > 0).sum()), int((difference < 0).sum())
+    return {
+        "base": bootstrap_mean(means[1], seed=seed),
+        "trained": bootstrap_mean(means[0], seed=seed),
+        "difference": paired_difference(means[0], means[1], seed=seed),
+        "sign_test": {
+            "better": better,
+            "worse": worse,
+            "equal": int((difference == 0).sum()),
+            "p": sign_test(better, worse),
+        },
+        "failed": int((~counted).sum()),
+        "per_prompt": {"trained": means[0], "base": means[1], "difference": difference},
+    }
+
+
 def evaluate(
     policy: DiffusersPolicy,
     prompts: Sequence[str],

@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from .nano import resolve
 
 CALL_FILE = "vipo.json"
 """Optional file in a pipeline folder: {"call": {...}}, keywords that every call of this pipeline needs."""
+
+_ADAPTER_KEYS = (".lora_A.", ".lora_B.", ".lora.down.", ".lora.up.")
+"""What marks an adapter's tensor in a file of PEFT or diffusers; other trainers' files are converted by diffusers."""
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path, call: dict[str, Any]) -> None:
@@ -37,7 +40,7 @@ def save_lora(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module], fold
     weight_name="transformer_2_lora_weights.safetensors", load_into_transformer_2=True).
     """
     for name, denoiser in denoisers.items():
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser))
+        layers = get_peft_model_state_dict(denoiser)  # one naming for all: diffusers goes by the first key
         kind = name.removesuffix("_2")
         type(pipeline).save_lora_weights(
             folder,
@@ -47,12 +50,62 @@ def save_lora(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module], fold
         )
 
 
-def load_pipeline(name: str | Path, dtype: torch.dtype | None = None) -> tuple[DiffusionPipeline, dict[str, Any]]:
-    """Load a pipeline ("nano", "nano_video", a folder or a hub id; safetensors only) and the keywords its calls need.
+def load_lora(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module], folder: Path) -> None:
+    """Attach the adapters that `save_lora`, or any trainer for `diffusers`, wrote to a folder.
+
+    Raises:
+        ValueError: no safetensors there, adapters of another model, or layers that diffusers would leave out.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"lora: no .safetensors in {folder}; expected a folder written by save_lora_weights")
+    before, expected = _adapter_tensors(pipeline), 0
+    for file in files:
+        second = [name for name in denoisers if name.endswith("_2") and file.name.startswith(name)]
+        more = {f"load_into_{second[0]}": True} if second else {}
+        try:
+            with safe_open(file, "pt") as stored:
+                expected += sum(any(part in key for part in _ADAPTER_KEYS) for key in stored.keys())  # noqa: SIM118
+            pipeline.load_lora_weights(folder, weight_name=file.name, **more)
+        except (ValueError, RuntimeError, OSError, AttributeError, SafetensorError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"lora: {file} does not fit {type(pipeline).__name__}: {reason}") from error
+    loaded = len(_adapter_tensors(pipeline)) - len(before)
+    if loaded == 0 or loaded < expected:  # diffusers only warns of what it leaves out
+        raise ValueError(
+            f"lora: {loaded} of {expected} tensors of {folder} fit {type(pipeline).__name__}; is it of another model, "
+            "or does it mix two namings (lora_A and lora.down)?"
+        )
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.eval().requires_grad_(False)
+
+
+def _adapter_tensors(pipeline: DiffusionPipeline) -> list[str]:
+    """Names of the adapters' weights in all networks of a pipeline."""
+    networks = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
+    return [
+        name for part in networks for name, _ in part.named_parameters() if ".lora_A." in name or ".lora_B." in name
+    ]
+
+
+def pipeline_folder(name: str | Path) -> Path:
+    """Folder of a pipeline named as for `load_pipeline`; a hub id is downloaded to the hub's cache first.
 
     Raises:
         ValueError: there is no such folder or hub id, or it holds no pipeline.
     """
+    path, local = _locate(name)
+    if local:
+        return Path(path)
+    try:
+        return Path(DiffusionPipeline.download(path, use_safetensors=True))
+    except (OSError, ValueError) as error:
+        raise _not_loadable(path, local, error) from error
+
+
+def _locate(name: str | Path) -> tuple[str, bool]:
+    """Folder or hub id of a pipeline, and whether it is a folder."""
     path = resolve(str(name), "t2i")
     folder = Path(path)
     local = folder.is_dir()
@@ -60,6 +113,23 @@ def load_pipeline(name: str | Path, dtype: torch.dtype | None = None) -> tuple[D
         raise ValueError(f"pipeline: no model_index.json in {folder}; expected a folder written by save_pretrained")
     if not local and (path.count("/") != 1 or path.startswith((".", "/", "~"))):
         raise ValueError(f"pipeline: no such folder: {path}; give a folder, a hub id (owner/name), nano or nano_video")
+    return path, local
+
+
+def _not_loadable(path: str, local: bool, error: Exception) -> ValueError:
+    reason = str(error).strip().splitlines()[0].split(" (")[0]
+    fix = "is the folder complete?" if local else "check the name, your access and the network, or give a local folder"
+    return ValueError(f"pipeline: cannot load {path}: {reason}; {fix}")
+
+
+def load_pipeline(name: str | Path, dtype: torch.dtype | None = None) -> tuple[DiffusionPipeline, dict[str, Any]]:
+    """Load a pipeline ("nano", "nano_video", a folder or a hub id; safetensors only) and the keywords its calls need.
+
+    Raises:
+        ValueError: there is no such folder or hub id, or it holds no pipeline.
+    """
+    path, local = _locate(name)
+    folder = Path(path)
     index = json.loads((folder / "model_index.json").read_text()) if local else {}
     absent = {name: None for name, entry in index.items() if entry == [None, None]}  # such as SD3's T5
     try:
@@ -67,13 +137,7 @@ def load_pipeline(name: str | Path, dtype: torch.dtype | None = None) -> tuple[D
             path, dtype=dtype or torch.float32, use_safetensors=True, local_files_only=local, **absent
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0].split(" (")[0]
-        fix = (
-            "is the folder complete?"
-            if local
-            else "check the name, your access and the network, or give a local folder"
-        )
-        raise ValueError(f"pipeline: cannot load {path}: {reason}; {fix}") from error
+        raise _not_loadable(path, local, error) from error
     settings = folder / CALL_FILE
     call = json.loads(settings.read_text())["call"] if local and settings.is_file() else {}
     return pipeline, call

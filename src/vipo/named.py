@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +51,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(mapping, dict):
         raise ValueError(f"config: {path}: expected sections (model:, prompts:, ...), got {type(mapping).__name__}")
     return {key: {} if value is None else value for key, value in mapping.items()}
+
+
+def apply_overrides(mapping: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Set keys of a nested mapping, in place, from texts like "--loss.level=sample".
+
+    Raises:
+        ValueError: a text of another form, a key below something that is no section, or a value that is not YAML.
+    """
+    for override in overrides:
+        key, separator, text = override.removeprefix("--").partition("=")
+        parts = key.split(".")
+        if not override.startswith("--") or not separator or len(parts) < 2:
+            raise ValueError(f"{override}: expected --section.key=value, e.g. --prompts.group_size=4")
+        target = mapping
+        for part in parts[:-1]:
+            target = target.setdefault(part, {})
+            if not isinstance(target, dict):
+                raise ValueError(f"{key}: {part} is not a section")
+        try:
+            target[parts[-1]] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{key}: not a YAML value: {text}") from error
+    return mapping

@@ -11,41 +11,47 @@ import torch
 
 from .media import read_frames, to_image
 from .nano import ASSETS
+from .prompt_sets import kind_of, read_prompt_set, read_text
 from .types import Prompt, PromptBatch
 
-EMBEDDED = {"nano": ASSETS / "prompts_train.txt", "nano_video": ASSETS / "prompts_video_train.txt"}
+_OWN = Path(__file__).parent / "prompt_files"
+EMBEDDED = {
+    "nano": ASSETS / "prompts_train.txt",
+    "nano_video": ASSETS / "prompts_video_train.txt",
+    "nano_held_out": ASSETS / "prompts_held_out.txt",
+    "nano_video_held_out": ASSETS / "prompts_video_held_out.txt",
+    "general": _OWN / "general.txt",
+    "motion": _OWN / "motion.txt",
+}
+"""Prompt files of the package by name."""
 _SEED_RANGE = 2**31 - 1
 _RESERVED = ("num_inference_steps", "generator", "latents", "output_type", "num_images_per_prompt")
 
 
 def read_prompts(path: str) -> list[Prompt]:
-    """Read a prompt file (or "nano", "nano_video": embedded training prompts); blank lines are skipped.
+    """Read a prompt file, or an embedded one by its name in EMBEDDED; blank lines are skipped.
 
     A text file has one prompt per line. A .jsonl file has one JSON object per line: `prompt`, and any keywords of the
     pipeline's call for this prompt (`negative_prompt`, `height`, `num_frames`, ...). What a key ending in image or
     video names is a file, its path relative to the prompt file, and is handed to the pipeline as pictures; `images`, a
-    list of files, becomes the keyword `image`.
+    list of files, becomes the keyword `image`. A .json, .csv or .tsv file, and a .jsonl file of GenEval, is a published
+    prompt set: see `prompt_sets`.
 
     Raises:
         ValueError: the file is missing, empty, not UTF-8, not JSON lines, or names pictures that cannot be read.
     """
     file = EMBEDDED.get(path, Path(path))
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise ValueError(f"prompts.path: no such file: {file}") from None
-    except IsADirectoryError:
-        raise ValueError(f"prompts.path: {file} is a folder, expected a text file with one prompt per line") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"prompts.path: {file} is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from None
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if file.suffix.lower() in (".json", ".csv", ".tsv"):
+        return read_prompt_set(file)
+    text = read_text(file)
+    if kind_of(file, text) == "geneval":
+        return read_prompt_set(file)
+    numbered = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not numbered:
         raise ValueError(f"prompts.path: {file} is empty; expected one prompt per line")
     if file.suffix == ".jsonl":
         return [_entry(file, number, line) for number, line in numbered]
-    return [Prompt(line) for _, line in numbered]
+    return [Prompt(line.split("\t")[0].strip()) for _, line in numbered]
 
 
 def _entry(file: Path, number: int, line: str) -> Prompt:
@@ -81,6 +87,16 @@ def _entry(file: Path, number: int, line: str) -> Prompt:
             stills = [frames[0] for frames in pictures]
             loaded["image" if key == "images" else key] = stills if isinstance(value, list) else stills[0]
     return Prompt(entry["prompt"].strip(), loaded, json.dumps(call, sort_keys=True))
+
+
+def split_batches(entries: Sequence[Prompt], size: int) -> list[list[int]]:
+    """Split samples into batches of neighbours whose pipeline calls are equal, of at most `size`: their positions."""
+    batches: list[list[int]] = []
+    for i, entry in enumerate(entries):
+        if not batches or len(batches[-1]) == size or entries[batches[-1][-1]].key != entry.key:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
 def prompt_batch(

@@ -26,13 +26,13 @@ from .maps import MapSource
 from .offload import visiting
 from .pipelines import compile_blocks, enable_vae
 from .policy import DiffusersPolicy
-from .prompts import prompt_batch, read_prompts
+from .prompts import prompt_batch, read_prompts, split_batches
 from .psm import PerceptualStructuring, map_statistics
 from .psm.latent_grid import frame_groups
 from .rewards import Reward, load_reward
 from .rewards.mixture import RewardMixture
 from .runlog import PhaseClock, RunLog, check_output, write_summary
-from .trainable import LORA_TARGETS
+from .trainable import LORA_TARGETS, Training
 from .types import Bucket, Experience, PromptBatch, Trajectory, require_finite
 from .windows import stochastic_window
 
@@ -200,15 +200,9 @@ class Trainer:
             stride=sampling.window_stride,
         )
         self.policy.settings = replace(self.policy.settings, stochastic_steps=steps)
-        runs: list[list[int]] = []
-        for i, entry in enumerate(batch.entries):
-            full = runs and len(runs[-1]) == (sampling.micro_batch or len(batch.prompts))
-            if not runs or full or batch.entries[runs[-1][-1]].key != entry.key:
-                runs.append([])
-            runs[-1].append(i)
         decoded: list[tuple[Trajectory, Tensor]] = []
         plan: list[list[int]] = []
-        for run in runs:
+        for run in split_batches(batch.entries, sampling.micro_batch or len(batch.prompts)):
             traj = self.policy.rollout(
                 [batch.prompts[i] for i in run],
                 seeds=[batch.seeds[i] for i in run],
@@ -358,8 +352,8 @@ def _mean_statistics(maps: Sequence[Tensor]) -> dict[str, Tensor]:
     }
 
 
-def make_policy(config: Config) -> DiffusersPolicy:
-    """Build the policy of a config."""
+def make_policy(config: Config, *, trainable: bool = True) -> DiffusersPolicy:
+    """Build the policy of a config; without adapter and gradients where it is not `trainable`."""
     model = config.model
     lora = LoraConfig(
         r=model.lora_rank,
@@ -367,7 +361,8 @@ def make_policy(config: Config) -> DiffusersPolicy:
         init_lora_weights="gaussian",
         target_modules=model.lora_targets or LORA_TARGETS,
     )
-    train = lora if model.train == "lora" else "full"
+    train: Training = lora if model.train == "lora" else "full"
+    chosen = train if model.denoisers is None else dict.fromkeys(model.denoisers, train)
     policy = DiffusersPolicy(
         model.path,
         kernel=config.sampling.kernel,
@@ -375,7 +370,7 @@ def make_policy(config: Config) -> DiffusersPolicy:
         shift=config.sampling.shift,
         unconditional=config.sampling.unconditional,
         offload=model.offload,
-        train=train if model.denoisers is None else dict.fromkeys(model.denoisers, train),
+        train=chosen if trainable else "none",
         dtype=getattr(torch, model.dtype),
         autocast=getattr(torch, model.autocast) if model.autocast else None,
         device=model.device,

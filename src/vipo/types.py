@@ -70,11 +70,13 @@ class Prompt:
         text: the prompt.
         call: further keywords of the pipeline's call for this prompt: images, sizes, a negative prompt.
         key: equal for two entries with the same call, which may then share a batch.
+        category: of a published prompt set, where it has one; nothing that the pipeline sees.
     """
 
     text: str
     call: dict[str, Any] = field(default_factory=dict)
     key: str = "{}"
+    category: str = ""
 
 
 @dataclass(frozen=True)

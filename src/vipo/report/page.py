@@ -11,7 +11,8 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from vipo.files import write_atomically
 from vipo.report import wording
 from vipo.report.demo_page import demo_context
-from vipo.report.reading import DemoRun, read_run
+from vipo.report.eval_page import eval_context
+from vipo.report.reading import DemoRun, EvalRun, read_run
 from vipo.report.train_page import train_context
 
 REPORT_NAME = "report.html"
@@ -21,7 +22,7 @@ def render_report(run_dir: Path) -> Path:
     """Write the page of a run, reading nothing outside its directory.
 
     Args:
-        run_dir: what `vipo train` or `vipo demo` wrote.
+        run_dir: what `vipo train`, `vipo demo` or `vipo eval` wrote.
 
     Returns:
         The path of the page, `run_dir/report.html`: one file that opens offline. The same files give the same bytes.
@@ -31,9 +32,13 @@ def render_report(run_dir: Path) -> Path:
     """
     run_dir = Path(run_dir)
     run = read_run(run_dir)
-    context = demo_context(run) if isinstance(run, DemoRun) else train_context(run)
-    template = "demo.html.j2" if isinstance(run, DemoRun) else "train.html.j2"
-    write_atomically(run_dir / REPORT_NAME, _render(template, context))
+    if isinstance(run, EvalRun):
+        page = _render("eval.html.j2", eval_context(run))
+    elif isinstance(run, DemoRun):
+        page = _render("demo.html.j2", demo_context(run))
+    else:
+        page = _render("train.html.j2", train_context(run))
+    write_atomically(run_dir / REPORT_NAME, page)
     return run_dir / REPORT_NAME
 
 

@@ -80,6 +80,14 @@ class DemoRun:
 
 
 @dataclass(frozen=True)
+class EvalRun:
+    """What `vipo eval` left behind: eval.json, and the pairs of pictures that it names."""
+
+    path: Path
+    record: JsonObject
+
+
+@dataclass(frozen=True)
 class Metric:
     """One held-out metric.
 
@@ -266,14 +274,16 @@ def read_train(run_dir: Path) -> TrainRun:
     )
 
 
-def read_run(run_dir: Path) -> TrainRun | DemoRun:
-    """Read a run directory of either kind.
+def read_run(run_dir: Path) -> TrainRun | DemoRun | EvalRun:
+    """Read a run directory of any kind.
 
     Raises:
         ValueError: the directory is missing or is no run, or one of its files is wrong.
     """
     if not run_dir.is_dir():
         raise ValueError(f"{run_dir} is not a directory: give the folder that `vipo train` or `vipo demo` wrote")
+    if (run_dir / "eval.json").is_file():
+        return EvalRun(run_dir, read_summary(inside(run_dir, "eval.json")))
     summary = read_summary(inside(run_dir, "summary.json"))
     if summary.get("kind") == "demo":
         grpo, vipo = (
@@ -301,8 +311,8 @@ def read_evaluation(
         Metric(
             name=text(entry.get("name")),
             label=text(entry.get("label")) or text(entry.get("name")),
-            higher_is_better=_flag(entry.get("higher_is_better")),
-            in_domain=_flag(entry.get("in_domain")),
+            higher_is_better=flag(entry.get("higher_is_better")),
+            in_domain=flag(entry.get("in_domain")),
             description=text(entry.get("description")),
         )
         for entry in objects_at(summary, "metrics")
@@ -320,18 +330,20 @@ def read_evaluation(
 
 def _read_estimates(groups: JsonObject) -> dict[str, dict[str, Estimate]]:
     """Read {group: {metric: {mean, low, high, win_rate}}}."""
-    estimates: dict[str, dict[str, Estimate]] = {}
-    for group in groups:
-        values = mapping_at(groups, group)
-        estimates[group] = {}
-        for name in values:
-            entry = mapping_at(values, name)
-            mean, low, high, win_rate = (number(entry.get(key)) for key in ("mean", "low", "high", "win_rate"))
-            estimates[group][name] = Estimate(mean, low, high, win_rate)
-    return estimates
+    return {
+        group: {name: read_estimate(mapping_at(groups, group), name) for name in mapping_at(groups, group)}
+        for group in groups
+    }
 
 
-def _flag(value: object) -> bool | None:
+def read_estimate(parent: JsonObject, key: str) -> Estimate:
+    """Read {mean, low, high, win_rate} below a key; what is absent is None."""
+    entry = mapping_at(parent, key)
+    mean, low, high, win_rate = (number(entry.get(name)) for name in ("mean", "low", "high", "win_rate"))
+    return Estimate(mean, low, high, win_rate)
+
+
+def flag(value: object) -> bool | None:
     """Return a JSON boolean, or None for anything else."""
     return value if isinstance(value, bool) else None
 
