@@ -1,5 +1,6 @@
 """Every family of docs/models.md through the one DiffusersPolicy: replay, sampler, layout, gradients, saving."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from diffusers import (
 )
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit
 from peft import LoraConfig
+from PIL import Image
 from tiny_pipelines import MODELS, build
 
 from vipo.pipelines import check_replayable, compile_blocks, enable_vae
@@ -303,7 +305,7 @@ PREFIXED = ["sd15", "flux_kontext", "qwen_image_edit", "wan_i2v", "wan22_a14b", 
 def test_steps_before_the_first_stochastic_one_are_computed_once_per_group(name):
     policy = make(name, stochastic_steps=[1])
     call = {**MODELS[name].call, "num_inference_steps": STEPS}
-    start = {"seeds": [1, 2, 3, 4], "initial_seeds": [7, 7, 7, 8]}
+    start = {"seeds": [1, 2, 3, 4], "initial_seeds": [7, 7, 8, 8]}  # one prompt from two noises, two from one
     samples = []
     denoiser = next(iter(policy.denoisers.values()))
     hook = denoiser.register_forward_pre_hook(
@@ -408,3 +410,36 @@ def test_compiled_blocks_are_called_and_replay_exactly(name):
     assert any(module._compiled_call_impl for module in policy.denoiser.modules())
     with pytest.raises(ValueError, match="compile: SD3Transformer2DModel names no repeated blocks; leave it off"):
         compile_blocks({"transformer": build("sd3").transformer})
+
+
+def test_of_pictures_of_equal_area_each_has_its_own_layout():
+    """FLUX.2 takes its size from the picture where none is given; both sizes pack into equally many tokens."""
+    family = MODELS["flux2_edit"]
+    call = {k: v for k, v in family.call.items() if k not in ("height", "width", "image")}
+    policy = make("flux2_edit")
+    for size in ((64, 96), (96, 64)):
+        traj = policy.rollout(PROMPTS, seeds=SEEDS, num_inference_steps=2, image=Image.new("RGB", size, "red"), **call)
+        frames = policy.decode(traj)
+        ratio = frames.shape[3] / frames.shape[4]
+        assert traj.latent_shape[2] / traj.latent_shape[3] == pytest.approx(ratio)
+    assert len(policy._layouts) == 2
+
+
+def test_a_window_without_a_step_of_the_trained_expert_is_one_clear_line_and_a_prefix_may_be_the_others():
+    policy = make("wan22_a14b", train={"transformer_2": "lora"}, unconditional="frozen", stochastic_steps=[1])
+    call = {**MODELS["wan22_a14b"].call, "num_inference_steps": STEPS}
+    traj = policy.rollout(["a red cat"] * 2, seeds=SEEDS, initial_seeds=[7, 7], **call)
+    assert traj.stochastic_steps == [1] and gradients(policy, traj)[1] == 0
+    policy.settings = replace(policy.settings, stochastic_steps=(0,))
+    assert policy.rollout(PROMPTS, seeds=SEEDS, **call).stochastic_steps == []
+    for steps in ((STEPS,), (-1,)):
+        policy.settings = replace(policy.settings, stochastic_steps=steps)
+        with pytest.raises(ValueError, match=f"stochastic_steps: {steps[0]} is not one of 3 steps"):
+            policy.rollout(PROMPTS, seeds=SEEDS, **call)
+
+
+def test_a_pipeline_may_get_another_policy_with_another_offload():
+    pipeline = build("sd15")
+    samples = [rollout(make("sd15", pipeline, offload=mode), "sd15").final for mode in ("sequential", "idle", "none")]
+    assert torch.equal(samples[0], samples[1]) and torch.equal(samples[0], samples[2])
+    assert not hasattr(pipeline.vae, "_hf_hook")

@@ -12,7 +12,7 @@ from vipo.checkpoint import list_checkpoints
 from vipo.prompts import prompt_batch
 from vipo.psm import BackboneError
 from vipo.rewards.mixture import RewardMixture
-from vipo.runlog import read_metrics
+from vipo.runlog import PhaseClock, read_metrics
 from vipo.trainer import make_policy
 
 CALL = {"max_sequence_length": 8}
@@ -156,6 +156,21 @@ def test_several_rewards_have_weights_and_are_logged_apart(tmp_path):
     means = [metrics[f"reward_mean/{name}"] for name in names]
     assert metrics["reward_mean"] == pytest.approx(means[0] - 0.5 * means[1], abs=1e-6)
     assert means[1] == pytest.approx(trainer.frames.mean().item(), abs=1e-5)
+    with pytest.raises(ValueError, match="one object was given for several names: redness, test_trainer:brightness"):
+        make(tmp_path, name=names)
+    summed = make(tmp_path, reward=None, name=names, on_failure="drop")
+    apart, together = (
+        summed.config.model_copy(update={"reward": summed.config.reward.model_copy(update={"combine": combine})})
+        for combine in ("advantages", "rewards")
+    )
+    advantages = []
+    for config in (apart, together):
+        summed.config = config
+        advantages.append(summed.experience(0, PhaseClock(summed.policy.device)).advantages)
+    assert not torch.allclose(*advantages)
+    bad = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, float("nan"), 4.0]])
+    kept = RewardMixture({"a": brightness, "b": brightness}).keep(bad, ["x"] * 4, 2, "drop")
+    assert kept.tolist() == [True, True, False, False]
     with pytest.raises(ValueError, match="reward.name: expected at least one reward, and weights other than 0"):
         make(tmp_path, name={"redness": 0.0})
     with pytest.raises(ValueError, match="reward.paths, reward.options: 'hpsv3' is not in reward.name"):

@@ -55,7 +55,7 @@ class ModelConfig(Section):
     """"nano" or "nano_video" (embedded), a folder written by save_pretrained, or a hub id."""
     train: Literal["lora", "full"] = "lora"
     """Train a LoRA adapter, or all weights of the denoiser."""
-    denoisers: list[str] | None = None
+    denoisers: Annotated[list[str], Field(min_length=1)] | None = None
     """Which denoisers are trained where there are several (Wan 2.2 A14B: transformer, transformer_2); null for all."""
     lora_rank: Positive = 16
     """Rank of the adapter."""
@@ -343,7 +343,9 @@ class Config(Section):
         try:
             return cls.model_validate(mapping)
         except ValidationError as error:
-            raise ValueError("\n".join(dict.fromkeys(_describe(e) for e in error.errors()))) from None
+            # a mapping was meant for the union's other arm: that it is no string is not what is wrong
+            found = [e for e in error.errors() if e["type"] != "string_type" or not isinstance(e["input"], dict)]
+            raise ValueError("\n".join(dict.fromkeys(_describe(e) for e in found or error.errors()))) from None
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -369,7 +371,12 @@ def _describe(error: Any) -> str:
         return f"{key}: unknown key{_suggest(location)}"
     message = str(error["msg"]).removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    return message if not key else f"{key}: {message.replace('input should be', 'expected')}, got {error['input']!r}"
+    named = error["type"] == "value_error" and message.startswith(f"{key}.")  # a section's own check names its key
+    return (
+        message
+        if not key or named
+        else f"{key}: {message.replace('input should be', 'expected')}, got {error['input']!r}"
+    )
 
 
 def _suggest(location: list[str]) -> str:

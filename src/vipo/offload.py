@@ -35,9 +35,12 @@ class IdleParts:
             raise ValueError(f"offload: expected none, idle or sequential, got {mode!r}")
         self.device, self.mode = device, mode
         modules = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-        self.parts = {name: part for name, part in modules.items() if name not in busy}
+        self.parts = {
+            name: part for name, part in modules.items() if name not in busy and any(True for _ in part.parameters())
+        }
         for name, module in modules.items():
-            if mode == "none" or name in busy:
+            remove_hook_from_module(module, recurse=True)  # of an earlier policy on the same pipeline
+            if mode == "none" or name not in self.parts:
                 module.to(device)
         # diffusers finds the accelerator by the hooks of what is not in this list
         self.in_front: dict[str, Any] = {} if mode == "none" else {"_exclude_from_cpu_offload": list(busy)}

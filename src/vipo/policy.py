@@ -159,6 +159,9 @@ class DiffusersPolicy:
                 f"seeds: expected one per prompt ({len(prompts)}), got {len(seeds)} and {len(initial_seeds)}"
             )
         call = {**self.call_defaults, **call, "num_inference_steps": num_inference_steps}
+        outside = [k for k in self.settings.stochastic_steps or () if not 0 <= k < num_inference_steps]
+        if outside:
+            raise ValueError(f"stochastic_steps: {outside[0]} is not one of {num_inference_steps} steps, from 0 on")
         starts = list(zip(prompts, initial_seeds, strict=True))
         unique = list(dict.fromkeys(starts))
         per_sample = any(isinstance(v, list | tuple | Tensor) and len(v) == len(prompts) for v in call.values())
@@ -198,7 +201,7 @@ class DiffusersPolicy:
                 hook = denoiser.register_forward_pre_hook(lambda *a: ran.append(recording.coming))
                 hooks.callback(hook.remove)
             self._call(prompts, call, recording, in_front, generator=generators, output_type="latent")
-        if self.unconditional == "frozen" and len(ran) == len(set(ran)):
+        if self.unconditional == "frozen" and ran and len(ran) == len(set(ran)):
             raise ValueError(
                 f"unconditional: {type(self.pipeline).__name__} calls its denoiser once per step (no guidance, or both "
                 "branches in one batch), so there is no branch to freeze; use trained"
@@ -366,10 +369,10 @@ class DiffusersPolicy:
         Raises:
             ValueError: the tail is not a permutation with an affine map.
         """
-        # one packed shape may stand for several pictures (48x64 and 64x48), so the call is part of the key
+        # one packed shape may stand for several pictures (48x64 and 64x48): what reaches the VAE tells them apart
         like = traj.final
-        plain = sorted((k, v) for k, v in traj.call.items() if isinstance(v, (int, float, str)))
-        key = repr((tuple(like.shape[1:]), plain))
+        reached = self._latents_at_vae(traj, torch.zeros_like(like))
+        key = repr((tuple(like.shape[1:]), tuple(reached.shape[1:])))
         if key not in self._layouts:
 
             def reach(values: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .advantages import pixel_advantages
 from .config import Config
 from .losses import policy_loss
+from .offload import visiting
 from .policy import DiffusersPolicy
 from .psm import map_statistics
 from .runlog import check_output
@@ -73,14 +74,17 @@ def preflight(config: Config) -> list[Finding]:
     findings.append(Finding("rollout", True, f"{rollout / 2:.2f} s per sample; latents C={c} T={t} H={h} W={w}"))
     findings.append(_replay(policy, traj))
     frames = policy.decode(traj)
-    rewards, credit = trainer.reward(frames, pair)
+    offload = config.model.offload
+    with visiting(trainer.reward.rewards.values(), policy.device, offload):
+        rewards, credit = trainer.reward(frames, pair)
     finite = bool(torch.isfinite(rewards).all())
     found = [
         f"{name}: {', '.join(f'{r:.3f}' for r in row)}"
         for name, row in zip(trainer.reward.rewards, rewards.tolist(), strict=True)
     ]
     findings.append(Finding("reward", finite, "; ".join(found)))
-    findings.append(_map(trainer, frames, traj, credit))
+    with visiting([trainer.map_source.backbone], policy.device, offload):
+        findings.append(_map(trainer, frames, traj, credit))
     if not finite:
         return findings
     findings.append(_one_step(trainer, config))

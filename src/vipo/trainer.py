@@ -18,7 +18,7 @@ from peft import LoraConfig
 from torch import Tensor
 
 from . import __version__
-from .advantages import constant_groups, pixel_advantages, weighted_advantages
+from .advantages import pixel_advantages, weighted_advantages
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import Config
 from .losses import LossStats, policy_loss
@@ -70,8 +70,12 @@ class Trainer:
         waits = "cpu" if config.model.offload != "none" else self.policy.device
         weights = config.reward.weights
         paths, options = config.reward.paths, config.reward.options
+        if reward is not None and len(weights) > 1:
+            raise ValueError(f"reward: one object was given for several names: {', '.join(weights)}; name one")
         rewards = {
-            name: reward or load_reward(name, waits, path=paths.get(name), options=options.get(name))
+            name: load_reward(name, waits, path=paths.get(name), options=options.get(name))
+            if reward is None
+            else reward
             for name in weights
         }
         self.reward = RewardMixture(rewards, weights)
@@ -143,7 +147,7 @@ class Trainer:
             "reward_std": grouped.std(correction=0),
             "group_std": grouped.std(1, correction=0).mean(),
             **{f"reward_mean/{name}": mean for name, mean in self.reward.means(rewards).items()},
-            "constant_groups": constant_groups(total, group_size),
+            "constant_groups": (found.advantages[found.kept].view(-1, group_size) == 0).all(1).sum(),
             "dropped_groups": (~found.kept).sum() // group_size,
             "advantage_abs": found.advantages.abs().mean(),
             **losses,
@@ -287,7 +291,12 @@ class Trainer:
         seed = (self.config.run.seed * 1_000_003 + iteration) ^ 0x51EB
         order = torch.randperm(len(traj.stochastic_steps), generator=torch.Generator().manual_seed(seed))
         chosen = [traj.stochastic_steps[i] for i in order.tolist()][: self.config.trained_steps]
-        updates = self.config.optimizer.updates_per_rollout
+        if not chosen:
+            raise ValueError(
+                f"sampling.window: none of the stochastic steps {self.policy.settings.stochastic_steps} is a step of "
+                f"the trained denoisers ({', '.join(self.policy.denoisers)}); set sampling.window_range to their steps"
+            )
+        updates = min(self.config.optimizer.updates_per_rollout, len(chosen))
         return [sorted(chosen[i::updates]) for i in range(updates)]
 
     def _accumulate(

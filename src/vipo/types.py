@@ -204,9 +204,12 @@ def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, StepRecord | Trajectory):
         return type(value)(**{f.name: _each_tensor(getattr(value, f.name), change) for f in fields(value)})
     if isinstance(value, dict):
-        return {key: _each_tensor(entry, change) for key, entry in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(_each_tensor(entry, change) for entry in value)
+        entries = {key: _each_tensor(entry, change) for key, entry in value.items()}
+        return entries if type(value) is dict else type(value)(**entries)  # such as transformers' ModelOutput
+    if isinstance(value, list | tuple):
+        parts = [_each_tensor(entry, change) for entry in value]
+        plain = type(value) in (list, tuple)
+        return type(value)(parts) if plain else type(value)(*parts)  # a NamedTuple
     return value
 
 

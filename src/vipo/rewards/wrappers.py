@@ -78,14 +78,22 @@ def load_imscore(
         raise ValueError(f'imscore: {error}; pip install "vipo[imscore]"') from error
     except AttributeError as error:
         raise ValueError(f"imscore: {error}; a newer version may have it") from error
-    model = kind.from_pretrained(path or weights).to(device).eval().requires_grad_(False)
+    return _ImScore(kind.from_pretrained(path or weights).to(device).eval().requires_grad_(False), chunk)
 
-    def score(pictures: Tensor, prompts: list[str]) -> Tensor:
-        return torch.as_tensor(model.score(pictures.to(device), prompts)).reshape(len(prompts))
+
+class _ImScore(torch.nn.Module):
+    """A scorer of imscore as a reward that moves with its weights."""
+
+    def __init__(self, model: Any, chunk: int) -> None:
+        super().__init__()
+        self.model, self.chunk = model, chunk
 
     @torch.no_grad()
-    def reward(frames: Tensor, prompts: Sequence[str]) -> Tensor:
+    def forward(self, frames: Tensor, prompts: Sequence[str]) -> Tensor:
         """Frames (N, F, 3, Y, X) in [0, 1] and N prompts -> (N,), the mean over frames."""
-        return per_frame(score, frames, prompts, chunk)
+        device = next((p.device for p in self.parameters()), frames.device)
 
-    return reward
+        def score(pictures: Tensor, words: list[str]) -> Tensor:
+            return torch.as_tensor(self.model.score(pictures.to(device), words)).reshape(len(words))
+
+        return per_frame(score, frames, prompts, self.chunk)
