@@ -79,7 +79,7 @@ def test_train_check_report_resume(tmp_path):
 def test_demo_runs_and_repeats_bit_for_bit(tmp_path):
     summaries = []
     for name in ("a", "b"):
-        done = run("demo", "-o", tmp_path / name, "--iterations", 2, "--prompts", 8)
+        done = run("demo", "-o", tmp_path / name, "--iterations", 2, "--prompts", 4)
         assert done.returncode == 0, done.stderr
         assert "ViPO - GRPO" in done.stdout and "report.html" in done.stdout
         summaries.append(json.loads((tmp_path / name / "summary.json").read_text()))

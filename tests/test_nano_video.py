@@ -1,5 +1,6 @@
 """The embedded models for clips: they load offline through the usual classes, and are what their cards say."""
 
+import functools
 import json
 
 import pytest
@@ -16,8 +17,9 @@ from vipo.psm.latent_grid import pool_time
 from vipo.rewards import load_reward, score
 
 
-def clips(count, defect="none", scenes=None):
-    scenes = video_world.sample_scenes(count, torch.Generator().manual_seed(5)) if scenes is None else scenes
+@functools.cache
+def clips(count, defect="none"):
+    scenes = video_world.sample_scenes(count, torch.Generator().manual_seed(5))
     defects = torch.full((count,), video_world.DEFECTS.index(defect))
     return scenes, video_world.render(scenes, torch.Generator().manual_seed(6), defects)
 
