@@ -168,6 +168,11 @@ def test_several_rewards_have_weights_and_are_logged_apart(tmp_path):
         summed.config = config
         advantages.append(summed.experience(0, PhaseClock(summed.policy.device)).advantages)
     assert not torch.allclose(*advantages)
+    opposed = {"redness": lambda f, p: torch.tensor([0.0, 1, 2] * 2), "b": lambda f, p: torch.tensor([4.0, 2, 0] * 2)}
+    summed.config, summed.reward = apart, RewardMixture(opposed, {"redness": 2.0, "b": 1.0})
+    assert summed.step(0)["constant_groups"] == 0
+    summed.reward = RewardMixture({name: lambda f, p: torch.ones(6) for name in opposed})
+    assert summed.step(0)["constant_groups"] == 2
     bad = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 2.0, float("nan"), 4.0]])
     kept = RewardMixture({"a": brightness, "b": brightness}).keep(bad, ["x"] * 4, 2, "drop")
     assert kept.tolist() == [True, True, False, False]
@@ -246,6 +251,14 @@ def test_what_saves_memory_changes_nothing(tmp_path):
     for iteration in range(2):
         assert numbers(saving.step(iteration)) == numbers(plain.step(iteration))
     assert torch.equal(weights(saving), weights(plain))
+
+
+def test_a_window_of_the_untrained_expert_is_one_clear_line(tmp_path):
+    trainer = make(tmp_path, sampling={"window": 1})
+    traj = trainer.policy.rollout(["a"], seeds=[1], num_inference_steps=4, height=32, width=32, **CALL)
+    traj.keep([])
+    with pytest.raises(ValueError, match="sampling.window: none of the stochastic steps .* set sampling.window_range"):
+        trainer._choose_steps(traj, 0)
 
 
 def test_a_config_sets_the_pipelines_options(tmp_path):

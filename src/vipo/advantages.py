@@ -59,7 +59,7 @@ def weighted_advantages(
     std: Literal["population", "sample"] = "population",
     clip: float | None = 5.0,
 ) -> Tensor:
-    """Combine R rewards (GDPO, arXiv 2601.05242; ViPO normalises VQ and MQ apart; docs/equations.md A3).
+    """Combine R rewards (GDPO, arXiv 2601.05242, without its batch rescaling; ViPO's VQ and MQ; docs/equations.md A3).
 
         advantages:  A = sum_r w_r A_r,  each A_r normalised within its groups
         rewards:     A = the group advantage of sum_r w_r r_r
