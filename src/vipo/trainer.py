@@ -279,12 +279,16 @@ class Trainer:
             totals: the statistics of every loss are appended.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        shares = found.advantages.split([len(m) for m in maps])
-        rows = iter([row for share, m in zip(shares, maps, strict=True) for row in pixel_advantages(share, m)])
+        rows = iter([row for part in self.pixel_advantages(found, maps) for row in part])
         samples = len(found.advantages)
         for traj in found.trajectories:
             part = torch.stack(list(itertools.islice(rows, len(traj))))
             self._accumulate(traj, part, steps, weight=len(traj) / (samples * len(steps)), totals=totals)
+
+    def pixel_advantages(self, found: Experience, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Spread the advantages of a rollout over the latent grid: (n, T, H, W) per bucket."""
+        shares = found.advantages.split([len(m) for m in maps])
+        return [pixel_advantages(share, m) for share, m in zip(shares, maps, strict=True)]
 
     def _choose_steps(self, traj: Trajectory, iteration: int) -> list[list[int]]:
         """Draw the trained steps and deal them out to the updates, ascending within each."""
