@@ -268,6 +268,8 @@ class OptimizerConfig(Section):
     """The gradient is scaled down to this norm."""
     updates_per_rollout: Positive = 1
     """Optimizer steps per rollout: the trained steps are shuffled and split between them. 1 is on-policy."""
+    epochs: Positive = 1
+    """Passes over a rollout, each with all its updates; above 1 the later ones are off-policy."""
     step_fraction: Fraction = 0.6
     """Share of the stochastic steps that are trained, drawn anew per iteration. The ViPO paper: 0.6."""
 

@@ -301,7 +301,7 @@ class Trainer:
                 f"the trained denoisers ({', '.join(self.policy.denoisers)}); set sampling.window_range to their steps"
             )
         updates = min(self.config.optimizer.updates_per_rollout, len(chosen))
-        return [sorted(chosen[i::updates]) for i in range(updates)]
+        return [sorted(chosen[i::updates]) for i in range(updates)] * self.config.optimizer.epochs
 
     def _accumulate(
         self,
