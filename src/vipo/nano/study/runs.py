@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Sequence
 from functools import cache
@@ -167,8 +166,11 @@ def equal_redness(trace: Sequence[dict[str, Any]], target: float) -> dict[str, f
     Raises:
         ValueError: it never does.
     """
-    for before, after in itertools.pairwise(trace):
-        if before["redness"] <= target <= after["redness"]:
-            share = (target - before["redness"]) / max(after["redness"] - before["redness"], 1e-9)
+    before = trace[0]
+    for after in trace:
+        if after["redness"] >= target:
+            rise = after["redness"] - before["redness"]
+            share = (target - before["redness"]) / rise if rise > 0 else 0.0
             return {key: before[key] + share * (after[key] - before[key]) for key in before}
-    raise ValueError(f"no two looks at the run enclose redness {target:.3f}")
+        before = after
+    raise ValueError(f"the run never reaches redness {target:.3f}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -26,6 +27,7 @@ from .arms import (
     best,
     clip_jobs,
     epoch_jobs,
+    in_domain,
     redness_jobs,
     sweep_jobs,
 )
@@ -45,11 +47,14 @@ def read_records(file: Path) -> Records:
 def add_record(file: Path, key: str, record: Mapping[str, Any]) -> None:
     """Add one record under a lock, so that several processes may."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with (file.parent / ".lock").open("w") as lock:
+    lock = os.open(file.parent, os.O_RDONLY)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         records = {**read_records(file), key: dict(record)}
         lines = [f"{json.dumps(name)}: {json.dumps(records[name])}" for name in sorted(records)]
         write_atomically(file, "{\n" + ",\n".join(lines) + "\n}\n")
+    finally:
+        os.close(lock)
 
 
 def one_job(job: Job, budget: Budget, file: Path) -> None:
@@ -134,8 +139,3 @@ class Study:
                 known = read_records(self.file("signal"))
                 missing = [r for r in SIGNALS if known.get(f"signal/{r}", {}).get("asked") != self.budget.groups]
                 self.run("image: signal", [(one_signal, (r, self.budget, self.file("signal"))) for r in missing])
-
-
-def in_domain(metrics: Mapping[str, float]) -> float:
-    """What was trained on: the preference score, of clips the sum of the two."""
-    return metrics["reward"] if "reward" in metrics else metrics["reward_vq"] + metrics["reward_mq"]

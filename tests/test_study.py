@@ -1,0 +1,150 @@
+"""The evidence study: its arithmetic, its page, and one small run of it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import scipy.stats
+import torch
+
+from vipo.advantages import group_advantages
+from vipo.nano.study import arms, page, runs, work
+from vipo.trainer import Trainer
+
+TINY = arms.Budget({"image": 1, "video": 1}, 3, 2, 1, 1, 4)
+
+
+def metrics(score, **more):
+    names = [m.name for m in page.IMAGES.metrics] + ["drift_inside", "drift_outside", "structure", "redness"]
+    return {**dict.fromkeys(names, 0.5), "reward": score, **more}
+
+
+def record(arm, seed, score, **more):
+    return {"arm": arm, "seed": seed, "changes": {"optimizer.learning_rate": 1e-3}, "metrics": metrics(score), **more}
+
+
+def test_differences_over_seeds_have_students_interval():
+    new = {seed: {"x": value} for seed, value in enumerate([1.0, 1.5, 1.1, 1.9, 2.0])}
+    old = {seed: {"x": value} for seed, value in enumerate([0.2, 0.4, 0.9, 0.1, 0.3])}
+    found = page.difference(new, old, "x")
+    pairs = [new[s]["x"] - old[s]["x"] for s in new]
+    interval = scipy.stats.ttest_1samp(pairs, 0).confidence_interval(0.95)
+    assert found.mean - found.half == pytest.approx(interval.low, rel=1e-4)
+    assert found.mean + found.half == pytest.approx(interval.high, rel=1e-4)
+    assert page.difference(new, {0: {"x": 0.0}, 9: {"x": 5.0}}, "x").seeds == 1
+    for df, value in page.T975.items():
+        assert value == pytest.approx(scipy.stats.t.ppf(0.975, df), rel=1e-4)
+
+
+def test_only_a_difference_beyond_its_interval_is_bold():
+    assert str(page.Difference(0.2, 0.1, 5)) == "**+0.200 ± 0.100**"
+    assert str(page.Difference(-0.2, 0.3, 5)) == "-0.200 ± 0.300"
+
+
+def test_rank_correlation_is_spearmans():
+    first, second = [0.3, 0.1, 0.9, 0.5], [2.0, 3.0, 9.0, 4.0]
+    assert page.rank_correlation(first, second) == pytest.approx(scipy.stats.spearmanr(first, second).statistic)
+
+
+def test_equal_redness_interpolates_where_it_is_first_reached():
+    trace = [
+        {"redness": 0.0, "structure": 1.0},
+        {"redness": 0.4, "structure": 0.8},
+        {"redness": 0.2, "structure": 0.1},
+        {"redness": 0.8, "structure": 0.0},
+    ]
+    assert runs.equal_redness(trace, 0.3)["structure"] == pytest.approx(0.85)
+    assert runs.equal_redness(trace, 0.6)["structure"] == pytest.approx(0.1 * 1 / 3)
+    assert runs.equal_redness(trace, -1)["structure"] == 1.0
+    with pytest.raises(ValueError, match="never reaches"):
+        runs.equal_redness(trace, 0.9)
+
+
+def test_every_job_is_its_own_and_its_config_is_valid():
+    rates, clips = {"grpo": 1e-3, "vipo": 3e-3}, {"grpo": 1e-3, "vipo": 1e-2}
+    jobs = [job for kind in ("image", "video") for job in arms.sweep_jobs(kind)]
+    jobs += [job for kind in ("image", "video") for job in arms.arm_jobs(kind, rates, arms.FULL)]
+    jobs += [*arms.clip_jobs(rates), *arms.epoch_jobs(rates, clips, arms.FULL), *arms.redness_jobs(rates, arms.FULL)]
+    assert len({job.key for job in jobs}) == len(jobs)
+    for name in (arm.name for arm in arms.FIRST):
+        for kind in ("image", "video"):
+            seeds = {job.seed for job in jobs if (job.table, job.modality, job.arm.name) == ("arms", kind, name)}
+            assert seeds == {0, 1, 2, 3, 4} and not seeds & set(arms.TUNING_SEEDS[kind])
+    for job in {job.arm.name: job for job in jobs}.values():
+        config = runs.job_config(job, arms.FULL)
+        rate = rates["grpo" if job.arm.name in ("grpo", "ones_position") else "vipo"]
+        assert config.run.seed == job.seed and config.optimizer.learning_rate == rate
+
+
+def test_the_best_setting_has_the_highest_mean():
+    assert arms.best({0.1: [1.0, 3.0], 0.2: [2.5, 2.0]}) == 0.2
+
+
+def test_the_oracle_sees_the_worlds_own_mask():
+    scenes = runs.world.sample_scenes(3, torch.Generator().manual_seed(0))
+    drawn = runs.world.render(scenes, torch.Generator().manual_seed(0))
+    masks = runs.subject_mask(drawn.images[:, None], runs.world.describe(scenes))
+    assert masks.shape == (3, 1, 64, 64)
+    overlap = torch.minimum(masks[:, 0], drawn.masks).sum((1, 2)) / torch.maximum(masks[:, 0], drawn.masks).sum((1, 2))
+    assert overlap.min() > 0.8
+
+
+def test_a_map_on_the_reward_is_normalised_at_every_position():
+    config = runs.job_config(arms.Job("arms", "image", arms.REST[2], 0, {}), arms.FULL)
+    trainer = runs.MapOnReward.__new__(runs.MapOnReward)
+    trainer.config = config
+    trainer.reward = type("One", (), {"weights": torch.ones(1)})()
+    generator = torch.Generator().manual_seed(0)
+    maps, rewards = torch.rand(16, 1, 2, 3, generator=generator), torch.randn(1, 16, generator=generator)
+    experience = type("Found", (), {"rewards": rewards})()
+    (found,) = Trainer.pixel_advantages.__get__(trainer)(
+        type("F", (), {"advantages": group_advantages(rewards[0], 8)})(), [maps]
+    )
+    (own,) = trainer.pixel_advantages(experience, [maps])
+    for y in range(2):
+        for x in range(3):
+            torch.testing.assert_close(own[:, 0, y, x], group_advantages(rewards[0] * maps[:, 0, y, x], 8))
+    assert not torch.allclose(own, found, atol=0.1)
+
+
+def test_one_run_is_recorded_once(tmp_path):
+    job = arms.Job("redness", "image", arms.FIRST[4], 3, {"optimizer.learning_rate": 1e-3, "reward.name": "redness"})
+    file = tmp_path / "redness.json"
+    study = work.Study(tmp_path, TINY, 1)
+    assert not study.done(job)
+    work.one_job(job, TINY, file)
+    kept = json.loads(file.read_text())
+    assert list(kept) == [job.key] and study.done(job) and [p.name for p in tmp_path.iterdir()] == ["redness.json"]
+    base, after = kept[job.key]["trace"]
+    assert base["structure"] == pytest.approx(1, abs=1e-5) and base["drift_inside"] == 0
+    assert after["drift_inside"] > 0 and after["redness"] != base["redness"]
+    longer = arms.Budget({"image": 2, "video": 1}, 3, 2, 1, 1, 4)
+    assert not work.Study(tmp_path, longer, 1).done(job)
+
+
+def test_the_page_keeps_its_text_and_renews_its_tables(tmp_path):
+    records = tmp_path / "evidence"
+    records.mkdir()
+    scores = {"grpo": [0.0, 0.1, 0.05], "vipo": [0.5, 0.62, 0.54], "shuffled": [0.02, 0.08, 0.2]}
+    kept = {f"arms/image/{arm}/seed={s}": record(arm, s, v) for arm, row in scores.items() for s, v in enumerate(row)}
+    kept["base/image"] = {"prompts": 3, "metrics": metrics(-1.0)}
+    (records / "arms.json").write_text(json.dumps(kept))
+    text = f"# Evidence\n\nbefore\n{page.BEGIN}\nold\n{page.END}\nafter\n"
+    (tmp_path / "evidence.md").write_text(text)
+    page.write_page(tmp_path / "evidence.md", records)
+    written = (tmp_path / "evidence.md").read_text()
+    assert written.startswith("# Evidence\n\nbefore\n") and written.endswith(f"{page.END}\nafter\n")
+    assert "\nold\n" not in written and "| **+0.503 ± 0.038** |" in written and "| +0.050 ± 0.221 |" in written
+
+
+@pytest.mark.slow
+def test_the_whole_study_in_minutes(tmp_path):
+    command = [sys.executable, "-m", "vipo.nano.study", "--quick", "-o", str(tmp_path / "evidence")]
+    subprocess.run(command, check=True, capture_output=True)
+    written = (tmp_path / "evidence.md").read_text()
+    for words in ("## Pictures", "## Clips", "equal redness", "Gradient signal fraction", "Two epochs, paired"):
+        assert words in written
+    before = {file: file.read_bytes() for file in (tmp_path / "evidence").iterdir()}
+    subprocess.run(command, check=True, capture_output=True)
+    assert before == {file: file.read_bytes() for file in (tmp_path / "evidence").iterdir()}
