@@ -295,6 +295,23 @@ class RunConfig(Section):
     """CPU threads of torch; null for torch's own choice."""
 
 
+class ParallelConfig(Section):
+    """Many processes, started by torchrun or accelerate launch."""
+
+    shard: bool = False
+    """Spread the denoisers' weights, gradients and optimizer over the ranks (FSDP2); false: every rank has them all."""
+    cpu_offload: bool = False
+    """With shard: keep the shards on the CPU between uses."""
+    timeout: Annotated[float, Field(gt=0)] = 600.0
+    """Seconds after which a rank that waits for the others gives up."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ParallelConfig:
+        if self.cpu_offload and not self.shard:
+            raise ValueError("parallel.cpu_offload: goes with parallel.shard=true; for one GPU see model.offload")
+        return self
+
+
 class Config(Section):
     """A whole run. The default is ViPO on the nano pipeline."""
 
@@ -305,6 +322,7 @@ class Config(Section):
     map: MapConfig = MapConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    parallel: ParallelConfig = ParallelConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
@@ -319,6 +337,11 @@ class Config(Section):
             raise ValueError(
                 "model.autocast: model.train=full keeps the trained weights in float32, so "
                 f"model.dtype={self.model.dtype} needs model.autocast={self.model.dtype}"
+            )
+        if self.parallel.shard and self.model.train == "full" and self.loss.kl_beta > 0:
+            raise ValueError(
+                "parallel.shard: the KL of fully trained weights needs a whole copy of them; set loss.kl_beta=0 or "
+                "model.train=lora, whose reference is the adapter turned off"
             )
         if self.sampling.kernel in ("flow_cps", "ddim") and self.sampling.eta > 1:
             raise ValueError(f"sampling.eta: expected at most 1 for {self.sampling.kernel}, got {self.sampling.eta}")

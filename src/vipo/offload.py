@@ -11,6 +11,7 @@ from accelerate import cpu_offload, cpu_offload_with_hook
 from accelerate.hooks import UserCpuOffloadHook, remove_hook_from_module
 from diffusers import DiffusionPipeline
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 Offload = Literal["none", "idle", "sequential"]
 
@@ -40,7 +41,7 @@ class IdleParts:
         }
         for name, module in modules.items():
             remove_hook_from_module(module, recurse=True)  # of an earlier policy on the same pipeline
-            if mode == "none" or name not in self.parts:
+            if (mode == "none" or name not in self.parts) and not isinstance(module, FSDPModule):
                 module.to(device)
         # diffusers finds the accelerator by the hooks of what is not in this list
         self.in_front: dict[str, Any] = {} if mode == "none" else {"_exclude_from_cpu_offload": list(busy)}

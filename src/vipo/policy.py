@@ -51,6 +51,7 @@ class DiffusersPolicy:
         autocast: dtype of an autocast around the pipeline's networks; None for none.
         offload: of encoders and VAE: "none", "idle" or "sequential", see `vipo.offload.IdleParts`.
         device: default: cuda where there is one, else cpu.
+        shard: spreads a denoiser over several processes; None keeps it whole.
 
     Attributes:
         pipeline: the pipeline.
@@ -75,6 +76,7 @@ class DiffusersPolicy:
         autocast: torch.dtype | None = None,
         offload: Offload = "none",
         device: str | torch.device | None = None,
+        shard: Callable[[nn.Module, torch.device], None] | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if self.device.type == "cuda" and not torch.cuda.is_available():
@@ -88,13 +90,16 @@ class DiffusersPolicy:
         for component in self.pipeline.components.values():
             if isinstance(component, nn.Module):
                 component.eval().requires_grad_(False)
-        self.idle = IdleParts(self.pipeline, denoisers, self.device, offload)
         self.autocast, self.unconditional = autocast, unconditional
         self.settings = SamplerSettings(
             kernel, eta, None if stochastic_steps is None else tuple(stochastic_steps), shift
         )
         stochastic_scheduler(self.pipeline.scheduler, self.settings)  # refuse a wrong kernel now
         trained, self.lora = prepare_training(self.pipeline, denoisers, train)
+        if shard is not None:
+            for denoiser in denoisers.values():
+                shard(denoiser, self.device)
+        self.idle = IdleParts(self.pipeline, denoisers, self.device, offload)
         self.denoisers: dict[str, nn.Module] = trained or denoisers
         self.denoiser_name, self.denoiser = next(iter(self.denoisers.items()))
         self._several = len(denoisers) > 1

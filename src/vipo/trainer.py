@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import platform
@@ -21,6 +22,7 @@ from . import __version__
 from .advantages import pixel_advantages, weighted_advantages
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import Config
+from .distributed import Ranks, shard, start, whole
 from .losses import LossStats, policy_loss
 from .maps import MapSource
 from .offload import visiting
@@ -38,6 +40,8 @@ from .windows import stochastic_window
 
 log = logging.getLogger(__name__)
 Resume = Literal["no", "resume", "overwrite"]
+_NOT_MEANS = {"sums": ("constant",), "maxima": ("max",)}
+"""Map statistics that are not means over samples."""
 
 
 class Trainer:
@@ -65,8 +69,9 @@ class Trainer:
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         self.prompts = read_prompts(config.prompts.path)
+        self.ranks = start(device=config.model.device, timeout=config.parallel.timeout)
         torch.manual_seed(config.run.seed)  # the adapter's initial weights
-        self.policy = policy or make_policy(config)
+        self.policy = policy or make_policy(config, ranks=self.ranks)
         waits = "cpu" if config.model.offload != "none" else self.policy.device
         weights = config.reward.weights
         paths, options = config.reward.paths, config.reward.options
@@ -84,6 +89,8 @@ class Trainer:
         if config.model.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
         self.parameters = list(self.policy.trainable_parameters().values())
+        if not config.parallel.shard:
+            self.ranks.replicate(self.parameters)
         if config.loss.kl_beta > 0:
             self.policy.keep_reference()
         self.optimizer = torch.optim.AdamW(
@@ -137,7 +144,7 @@ class Trainer:
         with clock("map"):
             maps = self.maps_of(found, iteration)
         with clock("update"):
-            losses = self._update(found, maps)
+            losses = self.ranks.reduce(self._update(found, maps))
         self.frames, self.maps = found.buckets[0].frames, maps[0]
         rewards, group_size = found.rewards[:, found.kept], self.config.prompts.group_size
         total = self.reward.weights.to(rewards.device) @ rewards
@@ -151,7 +158,7 @@ class Trainer:
             "dropped_groups": (~found.kept).sum() // group_size,
             "advantage_abs": found.advantages.abs().mean(),
             **losses,
-            **{f"map_{name}": value for name, value in _mean_statistics(maps).items()},
+            **{f"map_{name}": v for name, v in self.ranks.reduce(_mean_statistics(maps), **_NOT_MEANS).items()},
         }
         return {**{name: float(value) for name, value in metrics.items()}, **clock.seconds()}
 
@@ -166,12 +173,13 @@ class Trainer:
             seed=config.run.seed,
             same_initial_noise=config.sampling.same_initial_noise,
         )
+        own = self.ranks.share(len(batch.prompts))
         with clock("rollout"):
-            decoded, plan = self._rollout(batch, iteration)
+            decoded, plan = self._rollout(batch.take(own), iteration)
             buckets = _buckets(decoded)
         with clock("reward"), visiting(self.reward.rewards.values(), self.policy.device, config.model.offload):
             scores = [self.reward(bucket.frames, bucket.prompts) for bucket in buckets]
-            rewards = torch.cat([found.rewards for found in scores], 1)
+            rewards = self.ranks.gather(torch.cat([found.rewards for found in scores], 1))
             kept = self.reward.keep(rewards, batch.prompts, batch.group_size, config.reward.on_failure)
         advantages = torch.zeros(len(kept), device=rewards.device)
         advantages[kept] = weighted_advantages(
@@ -182,9 +190,9 @@ class Trainer:
             std=config.reward.std,
             clip=config.reward.advantage_clip,
         )
-        parts = kept.split([len(bucket.frames) for bucket in buckets])
+        parts = kept[own].split([len(bucket.frames) for bucket in buckets])
         credits = [found.credit_of(part) for found, part in zip(scores, parts, strict=True)]
-        return Experience([traj for traj, _ in decoded], plan, buckets, credits, rewards, kept, advantages)
+        return Experience([traj for traj, _ in decoded], plan, buckets, credits, rewards, kept, advantages, own)
 
     def _rollout(self, batch: PromptBatch, iteration: int) -> tuple[list[tuple[Trajectory, Tensor]], list[list[int]]]:
         """Sample and decode in micro-batches of neighbours whose pipeline calls are equal.
@@ -206,7 +214,10 @@ class Trainer:
         self.policy.settings = replace(self.policy.settings, stochastic_steps=steps)
         decoded: list[tuple[Trajectory, Tensor]] = []
         plan: list[list[int]] = []
-        for run in split_batches(batch.entries, sampling.micro_batch or len(batch.prompts)):
+        runs = split_batches(batch.entries, sampling.micro_batch or len(batch.prompts))
+        if self.config.parallel.shard:
+            self.ranks.equal("sampling.micro_batch: the number of micro-batches", len(runs))
+        for run in runs:
             traj = self.policy.rollout(
                 [batch.prompts[i] for i in run],
                 seeds=[batch.seeds[i] for i in run],
@@ -261,7 +272,7 @@ class Trainer:
         totals: defaultdict[str, list[Tensor]] = defaultdict(list)
         for steps in found.plan:
             self.accumulate(found, maps, steps, totals)
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm)
+            norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm))
             require_finite("gradient", norm)
             totals["grad_norm"].append(norm.detach())
             self.optimizer.step()
@@ -281,13 +292,15 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         rows = iter([row for part in self.pixel_advantages(found, maps) for row in part])
         samples = len(found.advantages)
+        scale = self.ranks.world if self.config.parallel.shard else 1  # shards are averaged over the ranks
         for traj in found.trajectories:
             part = torch.stack(list(itertools.islice(rows, len(traj))))
-            self._accumulate(traj, part, steps, weight=len(traj) / (samples * len(steps)), totals=totals)
+            self._accumulate(traj, part, steps, weight=scale * len(traj) / (samples * len(steps)), totals=totals)
+        self.ranks.sum_gradients(self.parameters)
 
     def pixel_advantages(self, found: Experience, maps: Sequence[Tensor]) -> list[Tensor]:
         """Spread the advantages of a rollout over the latent grid: (n, T, H, W) per bucket."""
-        shares = found.advantages.split([len(m) for m in maps])
+        shares = found.advantages[found.own].split([len(m) for m in maps])
         return [pixel_advantages(share, m) for share, m in zip(shares, maps, strict=True)]
 
     def _choose_steps(self, traj: Trajectory, iteration: int) -> list[list[int]]:
@@ -365,7 +378,7 @@ def _mean_statistics(maps: Sequence[Tensor]) -> dict[str, Tensor]:
     }
 
 
-def make_policy(config: Config, *, trainable: bool = True) -> DiffusersPolicy:
+def make_policy(config: Config, *, trainable: bool = True, ranks: Ranks | None = None) -> DiffusersPolicy:
     """Build the policy of a config; without adapter and gradients where it is not `trainable`."""
     model = config.model
     lora = LoraConfig(
@@ -386,7 +399,8 @@ def make_policy(config: Config, *, trainable: bool = True) -> DiffusersPolicy:
         train=chosen if trainable else "none",
         dtype=getattr(torch, model.dtype),
         autocast=getattr(torch, model.autocast) if model.autocast else None,
-        device=model.device,
+        device=(ranks or Ranks()).device(model.device),
+        shard=functools.partial(shard, cpu_offload=config.parallel.cpu_offload) if config.parallel.shard else None,
     )
     enable_vae(policy.pipeline, tiling=model.vae_tiling, slicing=model.vae_slicing)
     if model.compile:

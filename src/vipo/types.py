@@ -99,6 +99,11 @@ class PromptBatch:
     group_size: int
     entries: list[Prompt]
 
+    def take(self, rows: slice) -> Self:
+        """Return the batch of the samples `rows`; its first and last group may be cut."""
+        lists = {f.name: getattr(self, f.name)[rows] for f in fields(self) if f.name != "group_size"}
+        return type(self)(**lists, group_size=self.group_size)
+
 
 @dataclass
 class StepRecord:
@@ -179,13 +184,14 @@ class Experience(NamedTuple):
     """Sampled and scored groups, before any map.
 
     Attributes:
-        trajectories: of the micro-batches, with the trained steps only.
+        trajectories: of this rank's micro-batches, with the trained steps only.
         plan: the trained steps of every optimizer step.
-        buckets: the decoded samples.
+        buckets: this rank's decoded samples.
         credits: what the reward returned beside its scores, per bucket.
-        rewards: (R, N).
+        rewards: (R, N), of all ranks, as the next two.
         kept: (N,) bool, false in groups where a reward has failed.
         advantages: (N,), 0 where not kept.
+        own: which of the N samples are this rank's.
     """
 
     trajectories: list[Trajectory]
@@ -195,6 +201,7 @@ class Experience(NamedTuple):
     rewards: Tensor
     kept: Tensor
     advantages: Tensor
+    own: slice = slice(None)
 
 
 def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -1,0 +1,220 @@
+"""Many processes, started by torchrun: what each samples, what is gathered, and how their gradients become one.
+
+Without torchrun there is one rank and every function here returns what it was given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+BUCKET = 2**26
+"""Bytes of gradients that are summed in one all-reduce."""
+_LOST = re.compile("gloo|nccl|connection|timed out|timeout|broken pipe|process group", re.IGNORECASE)
+
+
+class RankError(RuntimeError):
+    """Another rank has stopped or hangs."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others.
+
+    Attributes:
+        rank: 0 to world - 1; rank 0 alone writes files.
+        world: number of processes.
+        local: position on its machine: which accelerator it uses.
+        timeout: seconds to wait for the others, where they are waited for.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local: int = 0
+    timeout: float = 600.0
+
+    @property
+    def main(self) -> bool:
+        """Whether this rank writes the files."""
+        return self.rank == 0
+
+    def device(self, wanted: str | None) -> str | None:
+        """The device of this rank: its own accelerator where none, or only its kind, is named."""
+        if self.world == 1 or wanted not in (None, "cuda"):
+            return wanted
+        return f"cuda:{self.local}" if torch.cuda.is_available() or wanted else None
+
+    def share(self, count: int) -> slice:
+        """Which of `count` samples this rank makes: equal, contiguous shares, so that a group may span ranks.
+
+        Raises:
+            ValueError: not a multiple of the number of ranks.
+        """
+        if count % self.world:
+            raise ValueError(
+                f"prompts.per_iteration x prompts.group_size: {count} samples cannot be shared evenly by {self.world} "
+                f"ranks; make it a multiple of {self.world}"
+            )
+        size = count // self.world
+        return slice(self.rank * size, (self.rank + 1) * size)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Join the values of all ranks, equal in shape, along the last axis, in the order of the ranks."""
+        if self.world == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.world)]
+        with self.guard():
+            dist.all_gather(parts, values.contiguous())
+        return torch.cat(parts, -1)
+
+    def reduce(
+        self, values: Mapping[str, Tensor], *, sums: Collection[str] = (), maxima: Collection[str] = ()
+    ) -> dict[str, Tensor]:
+        """Mean over the ranks of 0-dim tensors by name, in one message; of `sums` the sum, of `maxima` the largest."""
+        if self.world == 1 or not values:
+            return dict(values)
+        device = next(iter(values.values())).device
+        row = torch.stack([value.to(device, torch.float64) for value in values.values()])
+        rows = dict(zip(values, self.gather(row[:, None]), strict=True))
+        return {
+            name: (row.sum() if name in sums else row.amax() if name in maxima else row.mean()).float()
+            for name, row in rows.items()
+        }
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        return flag if self.world == 1 else bool(self.gather(torch.tensor([flag], device=_device())).any())
+
+    def equal(self, name: str, value: int) -> None:
+        """Raise ValueError unless a number is the same on all ranks."""
+        found = self.gather(torch.tensor([value], device=_device())).tolist() if self.world > 1 else [value]
+        if len(set(found)) > 1:
+            raise ValueError(f"{name}: differs between ranks ({', '.join(map(str, found))}), which must work in step")
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.any(False)
+
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace every gradient by its sum over the ranks, where parameters are replicas; None counts as 0.
+
+        Called once per optimizer step: a replay makes many backwards. Sharded parameters have been summed by then.
+        """
+        if self.world == 1:
+            return
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        gradients = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
+        with self.guard():
+            for part in _buckets(gradients):
+                flat = torch.cat([gradient.flatten() for gradient in part])
+                dist.all_reduce(flat)
+                for gradient, summed in zip(part, flat.split([g.numel() for g in part]), strict=True):
+                    gradient.copy_(summed.view_as(gradient))
+
+    def replicate(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Give every rank the weights of rank 0."""
+        if self.world > 1:
+            with self.guard(), torch.no_grad():
+                for p in parameters:
+                    dist.broadcast(p, 0)
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Say in words that another rank is gone, where the collective operations only say that a pipe is broken."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.world == 1 or isinstance(error, RankError) or not _LOST.search(str(error)):
+                raise
+            reason = " ".join(str(error).split())[:160]
+            raise RankError(
+                f"rank {self.rank} of {self.world} has lost the others: one of them has stopped, and its own message "
+                f"says why, or took longer than parallel.timeout = {self.timeout:g} s ({reason}); start again with "
+                "--resume, with any number of ranks"
+            ) from error
+
+
+def start(*, device: str | None = None, timeout: float = 600.0) -> Ranks:
+    """Join the other processes of torchrun or accelerate launch; alone, be the only rank.
+
+    Args:
+        device: torch device of the run; null for cuda where there is one, else cpu. Its kind decides the backend.
+        timeout: seconds after which a rank that waits in vain gives up.
+
+    Raises:
+        RankError: the others cannot be reached.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return Ranks()
+    ranks = Ranks(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")), timeout)
+    cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
+    if cuda:
+        torch.cuda.set_device(ranks.local)
+    if not dist.is_initialized():
+        with ranks.guard():
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+    return ranks
+
+
+def stop() -> None:
+    """Leave the other processes, all of which have finished."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def shard(module: nn.Module, device: torch.device, *, cpu_offload: bool = False) -> None:
+    """Spread a module's parameters over all ranks (FSDP2), its repeated blocks one by one.
+
+    Args:
+        module: a denoiser of `diffusers`, which names its blocks.
+        device: where it computes.
+        cpu_offload: keep the shards in the memory of the CPU between uses.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    names = set(getattr(module, "_repeated_blocks", None) or []) | set(getattr(module, "_no_split_modules", None) or [])
+    for block in reversed([part for part in module.modules() if type(part).__name__ in names]):  # inner ones first
+        fully_shard(block, mesh=mesh, offload_policy=policy)
+    fully_shard(module, mesh=mesh, offload_policy=policy)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor in one piece, on every rank (all must ask); another one as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Spread a whole tensor, known to every rank, as another one is spread."""
+    if not isinstance(other, DTensor):
+        return tensor.to(other.device)
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
+
+
+def _device() -> str:
+    return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of one dtype, BUCKET bytes together."""
+    part: list[Tensor] = []
+    for tensor in tensors:
+        if part and (tensor.dtype != part[0].dtype or sum(t.nbytes for t in part) + tensor.nbytes > BUCKET):
+            yield part
+            part = []
+        part.append(tensor)
+    if part:
+        yield part

@@ -1,0 +1,82 @@
+"""Runs a few iterations of a tiny pipeline on several processes: python tests/ranks.py FOLDER JSON.
+
+JSON: a list of cases {"name", "world", "iterations", "config": {...}, "family"}. The processes of a case are forked from
+this one, which has imported everything, and write FOLDER/NAME_RANK.json.
+"""
+
+import json
+import os
+import socket
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from tiny_pipelines import build
+
+from vipo.config import Config
+from vipo.distributed import RankError, stop, whole
+from vipo.trainer import Trainer, make_policy
+
+
+def blind_to_place(frames, prompts):
+    """A reward that every sample of a prompt has its own of: mean red less mean blue."""
+    return (frames[:, :, 0] - frames[:, :, 2]).mean((1, 2, 3))
+
+
+def constant_for_a(frames, prompts):
+    """As above, but the same for all samples of prompts that begin with an a."""
+    found = blind_to_place(frames, prompts)
+    return torch.where(torch.tensor([prompt.startswith("a ") for prompt in prompts]), torch.zeros(()), found)
+
+
+def run(case, folder, rank):
+    torch.set_num_threads(1)
+    config = {**case["config"], "model": {"path": str(folder / case["family"]), "lora_rank": 2, **case["config"].get("model", {})}}
+    trainer = Trainer(Config.from_mapping(config))
+    lines, frames = [], []
+    for iteration in range(case["iterations"]):
+        if case.get("dies") == [rank, iteration]:
+            os._exit(9)
+        lines.append(trainer.step(iteration))
+        frames.append(trainer.frames.double().flatten(1).mean(1).tolist())
+    weights = torch.cat([whole(p.detach()).flatten() for p in trainer.parameters])
+    stop()
+    return {"metrics": lines, "frames": frames, "weights": weights.double().tolist()}
+
+
+def child(case, folder, rank, port):
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(case["world"]), LOCAL_RANK=str(rank), MASTER_PORT=str(port))
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    try:
+        found = run(case, folder, rank)
+    except (RankError, ValueError, FloatingPointError) as error:
+        found = {"error": f"{type(error).__name__}: {error}"}
+    (folder / f"{case['name']}_{rank}.json").write_text(json.dumps(found))
+
+
+def main():
+    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    for family in {case["family"] for case in cases}:
+        build(family).save_pretrained(folder / family)
+    for case in cases:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        children = []
+        for rank in range(case["world"]):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    child(case, folder, rank, port)
+                except BaseException:
+                    traceback.print_exc()
+                    os._exit(1)
+                os._exit(0)
+            children.append(pid)
+        for pid in children:
+            os.waitpid(pid, 0)
+
+
+if __name__ == "__main__":
+    main()
