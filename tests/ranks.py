@@ -1,7 +1,7 @@
 """Runs a few iterations of a tiny pipeline on several processes: python tests/ranks.py FOLDER JSON.
 
-JSON: a list of cases {"name", "world", "iterations", "config": {...}, "family"}. The processes of a case are forked from
-this one, which has imported everything, and write FOLDER/NAME_RANK.json.
+JSON: a list of cases {"name", "world", "iterations", "config": {...}, "family"}. The processes of a case are forked
+from this one, which has imported everything, and write FOLDER/NAME_RANK.json.
 """
 
 import json
@@ -16,33 +16,46 @@ from tiny_pipelines import build
 
 from vipo.config import Config
 from vipo.distributed import RankError, stop, whole
-from vipo.trainer import Trainer, make_policy
+from vipo.trainer import Trainer
 
 
-def blind_to_place(frames, prompts):
-    """A reward that every sample of a prompt has its own of: mean red less mean blue."""
+def red_less_blue(frames, prompts):
+    """A reward."""
     return (frames[:, :, 0] - frames[:, :, 2]).mean((1, 2, 3))
 
 
-def constant_for_a(frames, prompts):
-    """As above, but the same for all samples of prompts that begin with an a."""
-    found = blind_to_place(frames, prompts)
+def blind_to_a(frames, prompts):
+    """The same reward for all samples of prompts that begin with an a."""
+    found = red_less_blue(frames, prompts)
     return torch.where(torch.tensor([prompt.startswith("a ") for prompt in prompts]), torch.zeros(()), found)
+
+
+def bright(frames, prompts):
+    """A map."""
+    return frames.mean(2) ** 2
 
 
 def run(case, folder, rank):
     torch.set_num_threads(1)
-    config = {**case["config"], "model": {"path": str(folder / case["family"]), "lora_rank": 2, **case["config"].get("model", {})}}
+    config = dict(case["config"])
+    config["model"] = {"path": str(folder / case["family"]), "lora_rank": 2, **config.get("model", {})}
+    config["prompts"] = {"path": str(folder / "prompts.txt"), **config["prompts"]}
     trainer = Trainer(Config.from_mapping(config))
+    start = _weights(trainer)
     lines, frames = [], []
     for iteration in range(case["iterations"]):
         if case.get("dies") == [rank, iteration]:
             os._exit(9)
         lines.append(trainer.step(iteration))
         frames.append(trainer.frames.double().flatten(1).mean(1).tolist())
-    weights = torch.cat([whole(p.detach()).flatten() for p in trainer.parameters])
+    found = {"metrics": lines, "frames": frames, "start": start, "weights": _weights(trainer)}
     stop()
-    return {"metrics": lines, "frames": frames, "weights": weights.double().tolist()}
+    return found
+
+
+def _weights(trainer):
+    """Some of the trained weights: of every tensor the first hundred."""
+    return torch.cat([whole(p.detach()).flatten()[:100] for p in trainer.parameters]).double().tolist()
 
 
 def child(case, folder, rank, port):

@@ -96,6 +96,8 @@ class MapSource:
         first_frame_alone: bool = True,
         credit: Tensor | None = None,
         generator: torch.Generator | None = None,
+        of: int | None = None,
+        first: int = 0,
     ) -> Tensor:
         """Make the maps of N samples.
 
@@ -107,6 +109,9 @@ class MapSource:
             first_frame_alone: whether frame 0 has a latent frame to itself: F = 1 + (T - 1) c, else F = T c.
             credit: (N, F, h, w), >= 0, what the reward returned beside its scores; for source "reward".
             generator: for the controls that draw random numbers.
+            of: how many samples all ranks have; they draw the numbers of all, so that a sample's do not depend on
+                how many ranks there are. Default: N.
+            first: position of the first of these samples among them.
 
         Returns:
             (N, T, H, W), float32, >= 0, on the frames' device.
@@ -124,7 +129,12 @@ class MapSource:
             maps = self.allocation.place(
                 values, latent_shape, temporal_compression, first_frame_alone=first_frame_alone, frames=frames
             )
-        return maps if self.control is None else control_maps(maps, self.control, generator)
+        if self.control is None:
+            return maps
+        every = maps.new_zeros(of or len(maps), *maps.shape[1:])
+        own = slice(first, first + len(maps))
+        every[own] = maps
+        return control_maps(every, self.control, generator)[own]
 
     def _values(self, frames: Tensor, prompts: Sequence[str], credit: Tensor | None) -> Tensor:
         """The maps per frame of a source other than the PSM, checked."""

@@ -236,7 +236,9 @@ class Trainer:
         source = source or self.map_source
         with visiting([source.backbone], self.policy.device, self.config.model.offload):
             return [
-                self.allocation_maps(b.frames, b.prompts, b.grid, iteration=iteration, credit=credit, source=source)
+                self.allocation_maps(
+                    b.frames, b.prompts, b.grid, iteration=iteration, credit=credit, source=source, own=found.own
+                )
                 for b, credit in zip(found.buckets, found.credits, strict=True)
             ]
 
@@ -249,6 +251,7 @@ class Trainer:
         iteration: int,
         credit: Tensor | None = None,
         source: MapSource | None = None,
+        own: slice = slice(None),
     ) -> Tensor:
         """Make the maps (N, T, H, W) of frames (N, F, 3, Y, X) on a latent grid (T, H, W), as `maps_of`."""
         compression, alone = frame_groups(frames.shape[1], grid[0])
@@ -260,6 +263,8 @@ class Trainer:
             first_frame_alone=alone,
             credit=credit,
             generator=self.map_generator(iteration),
+            of=len(frames) * self.ranks.world,
+            first=own.start or 0,
         )
 
     def map_generator(self, iteration: int) -> torch.Generator:

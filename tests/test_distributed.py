@@ -1,0 +1,125 @@
+"""Several processes on one machine (gloo): the result does not depend on how many there are."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vipo.config import Config
+from vipo.distributed import Ranks, _buckets, shard_like, whole
+
+HERE = Path(__file__).parent
+PROMPTS = "a cat\nthe dog\nthe hat\na bus\n"
+CONFIG = {
+    "sampling": {
+        "kernel": "flow_cps",
+        "eta": 0.7,
+        "num_inference_steps": 3,
+        "height": 32,
+        "width": 32,
+        "guidance_scale": 1.0,
+    },
+    "prompts": {"per_iteration": 2, "group_size": 4},
+    "reward": {"name": "ranks:red_less_blue"},
+    "map": {"control": "shuffled", "source": "ranks:bright"},
+    "optimizer": {"learning_rate": 1e-3},
+}
+SHARD, FULL = {"parallel": {"shard": True}}, {"model": {"train": "full"}}
+
+
+def case(name, world, *changes, iterations=2, **more):
+    config = {key: dict(value) for key, value in CONFIG.items()}
+    for change in changes:
+        for section, values in change.items():
+            config[section] = {**config.get(section, {}), **values}
+    return {"name": name, "world": world, "family": "sd3", "iterations": iterations, "config": config, **more}
+
+
+def run(folder, cases):
+    """What every rank of every case found: name -> list by rank, None where a rank wrote nothing."""
+    (folder / "prompts.txt").write_text(PROMPTS)
+    paths = {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent / "src")]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(HERE / "ranks.py"), str(folder), json.dumps(cases)]
+    subprocess.run(command, check=True, env={**os.environ, **paths}, capture_output=True)
+    files = {c["name"]: [folder / f"{c['name']}_{rank}.json" for rank in range(c["world"])] for c in cases}
+    return {name: [json.loads(f.read_text()) if f.exists() else None for f in row] for name, row in files.items()}
+
+
+def assert_equal(alone, several):
+    """Samples, metrics and weights of one process and of several."""
+    (one,) = alone
+    for i, frames in enumerate(one["frames"]):
+        joined = [value for rank in several for value in rank["frames"][i]]
+        assert joined == pytest.approx(frames, abs=1e-6)
+    for rank in several:
+        for mine, line in zip(rank["metrics"], one["metrics"], strict=True):
+            # a ratio of means over samples, of which ranks take the mean; seconds are their own
+            skip = ("seconds", "map_border_to_centre")
+            numbers = {name: value for name, value in line.items() if not name.startswith(skip)}
+            assert {name: mine[name] for name in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-5)
+        assert rank["weights"] == several[0]["weights"]
+    torch.testing.assert_close(torch.tensor(several[0]["weights"]), torch.tensor(one["weights"]), rtol=0, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    two = [case("one", 1), case("two", 2), case("four", 4), case("sharded", 2, SHARD)]
+    full = [case("full_one", 1, FULL), case("full_sharded", 2, FULL, SHARD)]
+    constant = {"reward": {"name": "ranks:blind_to_a"}}
+    idle = [case("idle_one", 1, constant), case("idle_two", 2, constant)]
+    failing = [case("dies", 2, {"parallel": {"timeout": 30}}, dies=[1, 1]), case("uneven", 3, iterations=1)]
+    return run(tmp_path_factory.mktemp("ranks"), [*two, *full, *idle, *failing])
+
+
+@pytest.mark.parametrize(
+    ("alone", "several"),
+    [("one", "two"), ("one", "four"), ("one", "sharded"), ("full_one", "full_sharded"), ("idle_one", "idle_two")],
+)
+def test_the_result_does_not_depend_on_the_number_of_ranks(found, alone, several):
+    assert_equal(found[alone], found[several])
+
+
+def test_training_moved_the_weights(found):
+    start, end = (found["one"][0][key] for key in ("start", "weights"))
+    assert max(abs(a - b) for a, b in zip(start, end, strict=True)) > 1e-3
+    assert found["one"][0]["metrics"][0]["constant_groups"] == 0
+    assert sum(line["constant_groups"] for line in found["idle_two"][0]["metrics"]) >= 1
+
+
+def test_a_rank_that_dies_stops_the_others(found):
+    survivor, dead = found["dies"]
+    assert dead is None
+    assert "RankError: rank 0 of 2 has lost the others" in survivor["error"] and "--resume" in survivor["error"]
+
+
+def test_samples_that_cannot_be_shared_are_refused(found):
+    assert all("8 samples cannot be shared evenly by 3 ranks" in rank["error"] for rank in found["uneven"])
+
+
+def test_alone_everything_is_what_it_was():
+    ranks, values = Ranks(), {"a": torch.tensor(1.5)}
+    parameter = torch.nn.Parameter(torch.ones(2))
+    ranks.sum_gradients([parameter])
+    assert parameter.grad is None and ranks.reduce(values) == values and ranks.share(7) == slice(0, 7)
+    assert ranks.gather(values["a"]) is values["a"] and ranks.any(True) and not ranks.any(False)
+    assert ranks.device(None) is None and ranks.device("cpu") == "cpu"
+    tensor = torch.ones(3)
+    assert whole(tensor) is tensor and shard_like(tensor, tensor) is tensor
+
+
+def test_gradients_travel_in_buckets_of_one_kind(monkeypatch):
+    monkeypatch.setattr("vipo.distributed.BUCKET", 40)
+    sizes = [(4, torch.float32), (5, torch.float32), (9, torch.float32), (40, torch.float32), (2, torch.float64)]
+    parts = list(_buckets([torch.zeros(n, dtype=dtype) for n, dtype in sizes]))
+    assert [[len(t) for t in part] for part in parts] == [[4, 5], [9], [40], [2]]
+
+
+def test_what_cannot_be_sharded_is_refused():
+    with pytest.raises(ValueError, match="parallel.shard"):
+        Config.from_mapping({"parallel": {"shard": True}, "model": {"train": "full"}, "loss": {"kl_beta": 0.1}})
+    with pytest.raises(ValueError, match="parallel.cpu_offload"):
+        Config.from_mapping({"parallel": {"cpu_offload": True}})
