@@ -23,7 +23,7 @@ LAYERS = [
         "offload",
         "trainable",
     },
-    {"scheduler", "pipelines", "rewards", "maps", "pictures"},
+    {"scheduler", "pipelines", "rewards", "maps", "reward_maps", "pictures"},
     {"policy"},
     {"checkpoint", "runlog", "evaluation", "report"},
     {"trainer"},

@@ -14,13 +14,19 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .named import apply_overrides, read_yaml
+from .types import check_choice
 
 
 class Section(BaseModel):
     """Base of all sections: frozen, unknown keys are errors, field docstrings are their help."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        serialize_by_alias=True,
     )
 
 
@@ -166,6 +172,12 @@ class RewardConfig(Section):
     """Of several: weighted sum of the advantages that each gives alone (the ViPO paper: VQ and MQ), or of rewards."""
     on_failure: Literal["stop", "drop"] = "stop"
     """A reward that is NaN or infinite: stop the run, or drop the sample's whole group and count it."""
+    max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """With on_failure drop: the run stops when a larger share of an iteration's groups would be dropped, or all."""
+    maps: dict[str, dict[str, Any]] = {}
+    """By reward: changes of the map section for its own advantage, as {nano_mq: {motion: difference}}."""
+    asynchronous: bool = Field(default=False, alias="async")
+    """Score each micro-batch in a thread of its own while the next is sampled; same results. Needs micro_batch."""
     std: Literal["population", "sample"] = "population"
     """Divisor of the group's standard deviation: G or G - 1."""
     advantage_clip: Annotated[float, Field(gt=0)] | None = 5.0
@@ -183,6 +195,10 @@ class RewardConfig(Section):
         foreign = [name for name in (*self.paths, *self.options) if name not in self.weights]
         if foreign:
             raise ValueError(f"reward.paths, reward.options: {foreign[0]!r} is not in reward.name")
+        for name in self.maps:
+            check_choice("reward.maps", name, self.weights)
+        if self.maps and self.combine == "rewards":
+            raise ValueError("reward.maps: needs reward.combine=advantages: summed rewards have one advantage, one map")
         return self
 
 
@@ -229,6 +245,10 @@ class MapConfig(Section):
     """PCA by subspace iteration or by a full eigendecomposition."""
     image_size: Positive | None = None
     """Pixels of the shorter side that the backbone sees; null for the frames' own size."""
+
+    def changed(self, changes: dict[str, Any]) -> MapConfig:
+        """Return the section with other values; ValueError says what is wrong with them."""
+        return Config.from_mapping({"map": {**self.model_dump(), **changes}}).map
 
     @property
     def label(self) -> str:
@@ -320,9 +340,22 @@ class Config(Section):
                 "model.autocast: model.train=full keeps the trained weights in float32, so "
                 f"model.dtype={self.model.dtype} needs model.autocast={self.model.dtype}"
             )
+        _ = self.reward_maps  # checks them
+        if self.reward.asynchronous and self.sampling.micro_batch is None:
+            raise ValueError(
+                "reward.async: needs sampling.micro_batch: without it all is sampled at once, and then scored"
+            )
         if self.sampling.kernel in ("flow_cps", "ddim") and self.sampling.eta > 1:
             raise ValueError(f"sampling.eta: expected at most 1 for {self.sampling.kernel}, got {self.sampling.eta}")
         return self
+
+    @property
+    def reward_maps(self) -> dict[str, MapConfig]:
+        """The map section of each reward that has its own; ValueError for what is no change of it."""
+        try:
+            return {name: self.map.changed(changes) for name, changes in self.reward.maps.items()}
+        except ValueError as error:
+            raise ValueError(f"reward.maps: {error}") from None
 
     @property
     def trained_steps(self) -> int:
@@ -402,7 +435,8 @@ def fields() -> Iterator[tuple[str, str, str]]:
     """Every key of a config as (section.key, default, help)."""
     for section, field in Config.model_fields.items():
         default = field.default
-        for name, entry in type(default).model_fields.items():
+        for attribute, entry in type(default).model_fields.items():
+            name = entry.alias or attribute
             value = (
                 yaml.safe_dump(default.model_dump(mode="json")[name], default_flow_style=True)
                 .strip()

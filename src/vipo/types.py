@@ -186,6 +186,7 @@ class Experience(NamedTuple):
         rewards: (R, N).
         kept: (N,) bool, false in groups where a reward has failed.
         advantages: (N,), 0 where not kept.
+        terms: w_r A_i^r, (R, N), whose sum over r the advantages are; None where all rewards have one map.
     """
 
     trajectories: list[Trajectory]
@@ -195,6 +196,7 @@ class Experience(NamedTuple):
     rewards: Tensor
     kept: Tensor
     advantages: Tensor
+    terms: Tensor | None = None
 
 
 def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
