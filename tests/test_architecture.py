@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "vipo"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
-    {"types", "files", "windows", "named", "nano", "console"},
+    {"types", "files", "windows", "named", "nano", "console", "config_errors", "distributed"},
     {
         "kernels",
         "advantages",
@@ -23,7 +23,7 @@ LAYERS = [
         "offload",
         "trainable",
     },
-    {"scheduler", "pipelines", "rewards", "maps", "pictures"},
+    {"scheduler", "pipelines", "rewards", "maps", "reward_maps", "pictures"},
     {"policy"},
     {"checkpoint", "runlog", "evaluation", "report"},
     {"trainer"},

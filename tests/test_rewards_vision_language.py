@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import peft
@@ -13,8 +15,10 @@ from tiny_pipelines import qwen_tokenizer
 from tiny_rewards import pixels, qwen_folder, rewards_of, save
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
+from vipo import comparison
 from vipo.psm.families import FAMILIES
-from vipo.rewards import load_reward, vision_language
+from vipo.rewards import load_reward, load_rewards, redness, sharing, vision_language
+from vipo.rewards.mixture import RewardMixture
 from vipo.rewards.vision_language import merged_lora, patch_size_of, patchify, sampled_frames
 
 EXACT = dict(rtol=1e-5, atol=1e-5)
@@ -222,3 +226,50 @@ def test_lora_has_the_names_that_peft_gives_it():
     assert {name.removeprefix("base_model.model.") for name in merged} == set(expected)
     for name, tensor in expected.items():
         torch.testing.assert_close(merged[f"base_model.model.{name}"], tensor)
+
+
+def test_rewards_of_one_model_load_it_once_and_run_it_once_per_batch(qwen, tmp_path):
+    videoalign_folder(qwen[1], tmp_path, lora=False)
+    names = ["videoalign_vq", "videoalign_mq"]
+    options = {"base": qwen[0], "dtype": "float32", "chunk": 2}
+    paths, both = dict.fromkeys(names, str(tmp_path)), dict.fromkeys(names, options)
+    rewards = load_rewards(names, "cpu", paths, both)
+    assert sharing(rewards) == [names] and sharing({**rewards, "x": redness}) == [names, ["x"]]
+    assert sharing(load_rewards(names, "cpu", paths, {names[0]: options, names[1]: {**options, "fps": 8}})) == [
+        [name] for name in names
+    ]
+    apart = load_reward(names[0], path=tmp_path, options=options)
+    mixture, forwards = RewardMixture(rewards), []
+    rewards[names[0]].scores.model.model.register_forward_hook(lambda *_: forwards.append(None))
+
+    def check(frames, prompt, runs):
+        before = len(forwards)
+        found = mixture(frames, [prompt]).rewards
+        assert torch.equal(found, apart.scores(frames, [prompt]).T[:2])  # VQ and MQ
+        assert len(forwards) - before == runs
+
+    first, second = pixels(2, 2, 3, 40, 40).split(1)
+    check(first, "x", 1)
+    check(first, "x", 0)
+    check(first, "a dog", 1)
+    check(second, "a dog", 1)
+    second[0] = 0.5
+    check(second, "a dog", 1)
+    alive = weakref.ref(second)
+    del second
+    assert alive() is None, "the scores kept the frames"
+    places = []
+    for level in (0.2, 0.4, 0.6):
+        frames = torch.full((1, 2, 3, 40, 40), level)
+        places.append(id(frames))
+        check(frames, "a dog", 1)
+        del frames
+    assert len(set(places)) < len(places), "no address came twice: nothing was shown"
+    with torch.inference_mode():
+        check(pixels(1, 2, 3, 40, 40), "a dog", 2)  # such tensors do not say when they change
+    side = SimpleNamespace
+    store = side(batches=[[0]], entries=[side(text="x")], read=lambda *_: first + 0, seeds=1)
+    contest = side(base=side(name="base"), trained=side(name="trained"))
+    before = len(forwards)
+    comparison._scores(store, contest, rewards, torch.device("cpu"), lambda done: None)
+    assert len(forwards) - before == 2, "vipo eval runs the model once per batch and side"

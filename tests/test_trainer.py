@@ -29,7 +29,14 @@ def brightness(frames, prompts):
 
 
 def make(
-    tmp_path, reward=brightness, train="lora", backbone=colour_backbone, on_failure="stop", name="nano", **sections
+    tmp_path,
+    reward=brightness,
+    train="lora",
+    backbone=colour_backbone,
+    on_failure="stop",
+    name="nano",
+    rewards=None,
+    **sections,
 ):
     prompts = tmp_path / "prompts.txt"
     if not prompts.exists():
@@ -39,7 +46,7 @@ def make(
             "kernel": "flow_grpo", "num_inference_steps": 4, "height": 32, "width": 32, "eta": 0.7, "call": CALL,
         },
         "prompts": {"path": str(prompts), "per_iteration": 2, "group_size": 3},
-        "reward": {"on_failure": on_failure, "name": name},
+        "reward": {"on_failure": on_failure, "name": name, **(rewards or {})},
         "optimizer": {"step_fraction": 1.0, "learning_rate": 1e-3},
         "run": {"output": str(tmp_path / "run"), "iterations": 3, "save_every": 2, "sample_every": 2},
     }  # fmt: skip
@@ -236,9 +243,9 @@ def test_ones_at_position_level_is_scalar_grpo_on_policy(tmp_path):
 
 def test_several_updates_split_the_steps_and_leave_the_policy(tmp_path):
     trainer = make(tmp_path, optimizer={"updates_per_rollout": 3, "learning_rate": 3e-2})
-    decoded, plan = trainer._rollout(prompt_batch(trainer.prompts, 0, per_iteration=1, group_size=3, seed=0), 0)
-    assert sorted(sum(plan, [])) == [0, 1, 2] and len(plan) == 3
-    assert list(decoded[0][0].steps) == [0, 1, 2]  # of the six: what is not trained is not kept
+    found = trainer.experience(0, PhaseClock(trainer.policy.device))
+    assert sorted(sum(found.plan, [])) == [0, 1, 2] and len(found.plan) == 3
+    assert list(found.trajectories[0].steps) == [0, 1, 2]  # of the six: what is not trained is not kept
     metrics = trainer.step(0)
     assert metrics["ratio_max"] > 1.001  # the second and third update are off-policy
     assert metrics["approx_kl"] > 0
@@ -318,9 +325,8 @@ def test_a_window_trains_its_steps_only(tmp_path):
         tmp_path, sampling={"num_inference_steps": 6, "window": 2, "window_mode": "sliding", "window_every": 1}
     )
     for iteration, expected in enumerate([[0, 1], [1, 2], [2, 3], [3, 4], [0, 1]]):
-        batch = prompt_batch(trainer.prompts, 0, per_iteration=1, group_size=3, seed=0)
-        traj = trainer._rollout(batch, iteration)[0][0][0]
-        assert traj.stochastic_steps == expected
+        found = trainer.experience(iteration, PhaseClock(trainer.policy.device))
+        assert found.trajectories[0].stochastic_steps == expected
     assert trainer.step(1)["grad_norm"] > 0
 
 
@@ -330,7 +336,7 @@ def test_prompts_with_their_own_sizes_and_keywords(tmp_path):
     path.write_text("\n".join(json.dumps(entry) for entry in entries))
     trainer = make(tmp_path, prompts={"path": str(path), "per_iteration": 3})
     batch = prompt_batch(trainer.prompts, 0, per_iteration=3, group_size=3, seed=0)
-    trajectories = [traj for traj, _ in trainer._rollout(batch, 0)[0]]
+    trajectories = trainer.experience(0, PhaseClock(trainer.policy.device)).trajectories
     assert [set(traj.prompts) for traj in trajectories] == [{text} for text in dict.fromkeys(batch.prompts)]
     heights = {traj.prompts[0]: traj.latent_shape[2] for traj in trajectories}
     assert heights["a cat"] * 2 == heights["a dog"] * 3

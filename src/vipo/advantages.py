@@ -50,6 +50,18 @@ def group_advantages(
     return advantages.flatten()
 
 
+def reward_advantages(
+    rewards: Tensor,
+    group_size: int,
+    *,
+    std: Literal["population", "sample"] = "population",
+    clip: float | None = 5.0,
+) -> Tensor:
+    """Group advantages of R rewards, each by itself: (R, N) -> (R, N); see `group_advantages`."""
+    check_shape("rewards", rewards, "R N")
+    return torch.stack([group_advantages(row, group_size, std=std, clip=clip) for row in rewards])
+
+
 def weighted_advantages(
     rewards: Tensor,
     weights: Tensor,
@@ -81,7 +93,7 @@ def weighted_advantages(
         return group_advantages(weights @ rewards.float(), group_size, std=std, clip=clip)
     if combine != "advantages":
         raise ValueError(f"combine: expected advantages or rewards, got {combine!r}")
-    return weights @ torch.stack([group_advantages(row, group_size, std=std, clip=clip) for row in rewards])
+    return weights @ reward_advantages(rewards, group_size, std=std, clip=clip)
 
 
 def constant_groups(rewards: Tensor, group_size: int) -> Tensor:
@@ -127,3 +139,23 @@ def pixel_advantages(advantages: Tensor, maps: Tensor) -> Tensor:
             f"maps: expected values >= 0, got a minimum of {maps.min():.3g}; a negative weight inverts the reward"
         )
     return advantages.detach().to(torch.float32)[:, None, None, None] * maps
+
+
+def mixed_pixel_advantages(advantages: Tensor, maps: Tensor) -> Tensor:
+    """Spread each reward's advantage by a map of its own (docs/equations.md A4).
+
+        A_i[p] = sum_r w_r A_i^r M_i^r[p]
+
+    Args:
+        advantages: w_r A_i^r, (R, N).
+        maps: (R, N, T, H, W), >= 0.
+
+    Returns:
+        (N, T, H, W) float32, detached.
+
+    Raises:
+        ValueError, FloatingPointError: as `pixel_advantages`.
+    """
+    check_shape("maps", maps, "R N T H W", check_shape("advantages", advantages, "R N"))
+    spread = pixel_advantages(advantages.flatten(), maps.flatten(0, 1))
+    return spread.view(maps.shape).sum(0)

@@ -5,7 +5,6 @@ Every field has its meaning, unit and default here; `vipo train --help` prints t
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,14 +12,21 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from .config_errors import describe
 from .named import apply_overrides, read_yaml
+from .types import check_choice
 
 
 class Section(BaseModel):
     """Base of all sections: frozen, unknown keys are errors, field docstrings are their help."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        serialize_by_alias=True,
     )
 
 
@@ -166,6 +172,12 @@ class RewardConfig(Section):
     """Of several: weighted sum of the advantages that each gives alone (the ViPO paper: VQ and MQ), or of rewards."""
     on_failure: Literal["stop", "drop"] = "stop"
     """A reward that is NaN or infinite: stop the run, or drop the sample's whole group and count it."""
+    max_dropped: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """With on_failure drop: the run stops when a larger share of an iteration's groups would be dropped, or all."""
+    maps: dict[str, dict[str, Any]] = {}
+    """By reward: changes of the map section for its own advantage, as {nano_mq: {motion: difference}}."""
+    asynchronous: bool = Field(default=False, alias="async")
+    """Score each micro-batch in a thread of its own while the next is sampled; same results. Needs micro_batch."""
     std: Literal["population", "sample"] = "population"
     """Divisor of the group's standard deviation: G or G - 1."""
     advantage_clip: Annotated[float, Field(gt=0)] | None = 5.0
@@ -183,6 +195,10 @@ class RewardConfig(Section):
         foreign = [name for name in (*self.paths, *self.options) if name not in self.weights]
         if foreign:
             raise ValueError(f"reward.paths, reward.options: {foreign[0]!r} is not in reward.name")
+        for name in self.maps:
+            check_choice("reward.maps", name, self.weights)
+        if self.maps and self.combine == "rewards":
+            raise ValueError("reward.maps: needs reward.combine=advantages: summed rewards have one advantage, one map")
         return self
 
 
@@ -229,6 +245,10 @@ class MapConfig(Section):
     """PCA by subspace iteration or by a full eigendecomposition."""
     image_size: Positive | None = None
     """Pixels of the shorter side that the backbone sees; null for the frames' own size."""
+
+    def changed(self, changes: dict[str, Any]) -> MapConfig:
+        """Return the section with other values; ValueError says what is wrong with them."""
+        return Config.from_mapping({"map": {**self.model_dump(), **changes}}).map
 
     @property
     def label(self) -> str:
@@ -343,9 +363,22 @@ class Config(Section):
                 "parallel.shard: the KL of fully trained weights needs a whole copy of them; set loss.kl_beta=0 or "
                 "model.train=lora, whose reference is the adapter turned off"
             )
+        _ = self.reward_maps  # checks them
+        if self.reward.asynchronous and self.sampling.micro_batch is None:
+            raise ValueError(
+                "reward.async: needs sampling.micro_batch: without it all is sampled at once, and then scored"
+            )
         if self.sampling.kernel in ("flow_cps", "ddim") and self.sampling.eta > 1:
             raise ValueError(f"sampling.eta: expected at most 1 for {self.sampling.kernel}, got {self.sampling.eta}")
         return self
+
+    @property
+    def reward_maps(self) -> dict[str, MapConfig]:
+        """The map section of each reward that has its own; ValueError for what is no change of it."""
+        try:
+            return {name: self.map.changed(changes) for name, changes in self.reward.maps.items()}
+        except ValueError as error:
+            raise ValueError(f"reward.maps: {error}") from None
 
     @property
     def trained_steps(self) -> int:
@@ -370,7 +403,9 @@ class Config(Section):
         except ValidationError as error:
             # a mapping was meant for the union's other arm: that it is no string is not what is wrong
             found = [e for e in error.errors() if e["type"] != "string_type" or not isinstance(e["input"], dict)]
-            raise ValueError("\n".join(dict.fromkeys(_describe(e) for e in found or error.errors()))) from None
+            keys = [key for key, _, _ in fields()]
+            lines = dict.fromkeys(describe(e, keys) for e in found or error.errors())
+            raise ValueError("\n".join(lines)) from None
 
     @classmethod
     def from_yaml(cls, path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -386,46 +421,12 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def _describe(error: Any) -> str:
-    """One line for one pydantic error."""
-    location = [str(part) for part in error["loc"]]
-    while len(location) > 2:  # unions and lists add their own parts; the key is section.name
-        location.pop()
-    key = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_suggest(location)}"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    named = error["type"] == "value_error" and message.startswith(f"{key}.")  # a section's own check names its key
-    return (
-        message
-        if not key or named
-        else f"{key}: {message.replace('input should be', 'expected')}, got {error['input']!r}"
-    )
-
-
-def _suggest(location: list[str]) -> str:
-    """Name the nearest right key, wherever it is."""
-    keys = [key for key, _, _ in fields()]
-    sections = list(Config.model_fields)
-    if len(location) == 1:
-        near = [key for key in keys if key.split(".")[1] == location[0]]
-        near = near or difflib.get_close_matches(location[0], sections, 1, 0.5)
-        return f"; did you mean {near[0]}?" if near else f"; expected one of {', '.join(sections)}"
-    same = [key for key in keys if key.split(".")[1] == location[1]]
-    near = difflib.get_close_matches(
-        location[1], [k.split(".")[1] for k in keys if k.startswith(location[0] + ".")], 1, 0.5
-    )
-    if near:
-        return f"; did you mean {location[0]}.{near[0]}?"
-    return f"; did you mean {same[0]}?" if same else f"; see vipo train --help for the keys of {location[0]}"
-
-
 def fields() -> Iterator[tuple[str, str, str]]:
     """Every key of a config as (section.key, default, help)."""
     for section, field in Config.model_fields.items():
         default = field.default
-        for name, entry in type(default).model_fields.items():
+        for attribute, entry in type(default).model_fields.items():
+            name = entry.alias or attribute
             value = (
                 yaml.safe_dump(default.model_dump(mode="json")[name], default_flow_style=True)
                 .strip()

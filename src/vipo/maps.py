@@ -7,7 +7,8 @@ grid in the same way, and a control may then replace them.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,11 +20,13 @@ from torch import Tensor
 from .config import MapConfig
 from .media import read_frames
 from .named import import_function
-from .psm import LatentAllocation, PerceptualStructuring, control_maps
+from .psm import LatentAllocation, PerceptualStructuring, control_maps, map_statistics
 from .types import check_shape
 
 # Controls that do not depend on the map they stand for: no source is loaded or run for them.
 CONTENT_FREE = ("ones", "centre")
+BACKBONE = ("source", "backbone", "layer", "image_size", "chunk", "autocast")
+"""Keys of the map section that decide which backbone is loaded: sources equal in them share it."""
 LARGEST = 1e30
 """Bound of a user's map values: float32 sums of larger ones overflow to a map of zeros."""
 
@@ -96,6 +99,7 @@ class MapSource:
         first_frame_alone: bool = True,
         credit: Tensor | None = None,
         generator: torch.Generator | None = None,
+        features: Tensor | None = None,
         of: int | None = None,
         first: int = 0,
     ) -> Tensor:
@@ -109,6 +113,7 @@ class MapSource:
             first_frame_alone: whether frame 0 has a latent frame to itself: F = 1 + (T - 1) c, else F = T c.
             credit: (N, F, h, w), >= 0, what the reward returned beside its scores; for source "reward".
             generator: for the controls that draw random numbers.
+            features: of the frames, by the backbone, where they are known already.
             of: how many samples all ranks have; they draw the numbers of all, so that a sample's do not depend on
                 how many ranks there are. Default: N.
             first: position of the first of these samples among them.
@@ -123,7 +128,9 @@ class MapSource:
             blank = torch.ones(len(frames), *latent_shape, device=frames.device)
             return control_maps(blank, self.control or "ones")
         if self.psm is not None:
-            maps = self.psm(frames, latent_shape, temporal_compression, first_frame_alone=first_frame_alone)
+            maps = self.psm(
+                frames, latent_shape, temporal_compression, first_frame_alone=first_frame_alone, features=features
+            )
         else:
             values = self._values(frames, prompts, credit).to(frames.device, torch.float32)
             maps = self.allocation.place(
@@ -153,6 +160,34 @@ class MapSource:
                 f"map of {self.source}: expected values in [0, {LARGEST:.0e}), got min {low:.4g} and max {high:.4g}"
             )
         return credit
+
+
+def shared_sources(
+    own: MapConfig, source: MapSource, others: Iterable[MapConfig], device: torch.device | str
+) -> dict[MapConfig, MapSource]:
+    """Make the sources of map sections, each backbone loaded once.
+
+    Args:
+        own: a section.
+        source: its source, which is there already.
+        others: further sections, each made once.
+        device: where further backbones go.
+    """
+    sources = {own: source}
+    for config in others:
+        if config in sources:
+            continue
+        alike = (
+            made.psm
+            for given, made in sources.items()
+            if made.psm is not None and all(getattr(given, key) == getattr(config, key) for key in BACKBONE)
+        )
+        psm = next(alike, None)
+        if psm is not None:
+            options = {f.name: getattr(config, f.name) for f in fields(psm) if f.name != "backbone"}
+            psm = replace(psm, **options)
+        sources[config] = MapSource(config, device, psm=psm)
+    return sources
 
 
 def make_psm(config: MapConfig, device: torch.device | str = "cpu") -> PerceptualStructuring:
@@ -288,3 +323,18 @@ def read_mask(path: Path) -> Tensor:
     if mask.ndim not in (2, 3) or mask.numel() == 0 or not (mask.min() >= 0 and mask.max() <= 1):
         raise ValueError(f"{path}: expected (h, w) or (F, h, w) in [0, 1], got shape {tuple(mask.shape)}")
     return mask if mask.ndim == 3 else mask[None]
+
+
+def mean_statistics(maps: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Statistics of maps of one or several shapes, weighted by the number of samples; counts are summed."""
+    if len(maps) == 1:
+        return map_statistics(maps[0])
+    found = [map_statistics(part) for part in maps]
+    weights = torch.tensor([float(len(part)) for part in maps], device=maps[0].device)
+    weights = weights / weights.sum()
+    mean = {name: (torch.stack([f[name].float() for f in found]) * weights).sum() for name in found[0]}
+    return {
+        **mean,
+        "constant": torch.stack([f["constant"] for f in found]).sum(),
+        "max": torch.stack([f["max"] for f in found]).amax(),
+    }

@@ -5,14 +5,14 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from .advantages import pixel_advantages
-from .config import Config
+from .config import Config, MapConfig
 from .losses import policy_loss
 from .offload import visiting
 from .policy import DiffusersPolicy
@@ -85,6 +85,11 @@ def preflight(config: Config) -> list[Finding]:
     findings.append(Finding("reward", finite, "; ".join(found)))
     with visiting([trainer.map_source.backbone], policy.device, offload):
         findings.append(_map(trainer, frames, traj, credit))
+    if trainer.reward_maps:
+        with visiting([trainer.reward_maps.backbone], policy.device, offload):
+            for name, section in trainer.reward_maps.sections.items():
+                own = _map(trainer, frames, traj, credit, section)
+                findings.append(replace(own, name=f"map of {name}"))
     if not finite:
         return findings
     findings.append(_one_step(trainer, config))
@@ -128,14 +133,19 @@ def _replay(policy: DiffusersPolicy, traj: Trajectory) -> Finding:
     return Finding("replay", largest <= DRIFT, f"log-probs differ from the rollout's by at most {largest:.2g} nats")
 
 
-def _map(trainer: Trainer, frames: Tensor, traj: Trajectory, credit: Tensor | None) -> Finding:
+def _map(
+    trainer: Trainer, frames: Tensor, traj: Trajectory, credit: Tensor | None, section: MapConfig | None = None
+) -> Finding:
     """The map and its own mean everywhere must give different gradients, or the map has no effect."""
-    maps = trainer.allocation_maps(frames, traj.prompts, traj.latent_shape[1:], iteration=0, credit=credit)
+    source = trainer.reward_maps.sources[section] if trainer.reward_maps and section else None
+    maps = trainer.allocation_maps(
+        frames, traj.prompts, traj.latent_shape[1:], iteration=0, credit=credit, source=source
+    )
     statistics = map_statistics(maps)
     even = maps.mean((1, 2, 3), keepdim=True).expand_as(maps)
     gradients = [_gradient(trainer, traj, m) for m in (maps, even)]
     change = float((gradients[0] - gradients[1]).norm() / gradients[0].norm().clamp_min(1e-30))
-    label, level = trainer.config.map.label, trainer.config.loss.level
+    label, level = (section or trainer.config.map).label, trainer.config.loss.level
     detail = (
         f"{label}: entropy {statistics['entropy']:.2f} of 1, {statistics['constant']} of {len(maps)} constant; "
         f"against an even map it changes the gradient by {change:.0%} (level {level})"

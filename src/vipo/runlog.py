@@ -118,7 +118,7 @@ class RunLog:
 
 
 class PhaseClock:
-    """Wall-clock seconds by phase; waits for the device only at the end of a phase."""
+    """Wall-clock seconds by phase; at its end waits for the device, not for rewards in a stream of their own."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.times, self.started = device, {}, time.perf_counter()
@@ -130,7 +130,7 @@ class PhaseClock:
         started = time.perf_counter()
         yield
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
         self.times[f"seconds_{phase}"] = round(time.perf_counter() - started, 4)
 
     def seconds(self) -> dict[str, float]:

@@ -14,7 +14,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .config import Config, MapConfig
 from .estimators import Estimate, count_sketch, gram_matrix, jackknife, leave_one_out, signal_cosine, signal_fraction
-from .maps import MapSource
+from .maps import shared_sources
 from .psm import control_maps
 from .runlog import PhaseClock
 from .trainer import Trainer, versions
@@ -33,8 +33,6 @@ LEAST_GROUPS = 4
 MEMORY = 2**32
 """Bytes that the gradients of all maps and groups may take on the CPU; larger ones are sketched into as much."""
 CONTROLS = ("ones", "shuffled", "inverted", "centre")
-_BACKBONE = ("source", "backbone", "layer", "image_size", "chunk", "autocast")
-"""Keys of the map section that decide which backbone is loaded: maps equal in them share it."""
 Progress = Callable[[str, int, int, str], None]
 """(stage, done, total, remark)"""
 
@@ -95,8 +93,11 @@ def signal_config(config: Config) -> Config:
     """The run that is measured: one group per iteration, all trained steps in one update, no KL, no control.
 
     Raises:
-        ValueError: the ratio is taken per sample, where all maps of one mean have one gradient.
+        ValueError: the ratio is taken per sample, where all maps of one mean have one gradient; or rewards have maps of
+            their own.
     """
+    if config.reward.maps:
+        raise ValueError("--signal: measures one map for all rewards, not reward.maps; add --reward.maps={}")
     if config.loss.level == "sample":
         raise ValueError("--signal: at loss.level=sample a map acts through its mean only; add --loss.level=position")
     mapping = config.model_dump()
@@ -118,10 +119,10 @@ def map_kinds(config: Config, extra: Sequence[str] = ()) -> dict[str, MapConfig]
         ValueError: not a change of the map section.
     """
     own = config.map
-    controls = {name: Config.from_mapping({"map": {**own.model_dump(), "control": name}}).map for name in CONTROLS}
+    controls = {name: own.changed({"control": name}) for name in CONTROLS}
     kinds = {"ones": controls.pop("ones"), own.label: own, **controls}
     for text in extra:
-        changes = own.model_dump()
+        changes: dict[str, Any] = {}
         for change in text.split(","):
             key, separator, value = change.partition("=")
             if not separator or not key:
@@ -130,7 +131,7 @@ def map_kinds(config: Config, extra: Sequence[str] = ()) -> dict[str, MapConfig]
                 changes[key] = yaml.safe_load(value)
             except yaml.YAMLError:
                 raise ValueError(f"--maps: {text}: {value} is not a YAML value") from None
-        kinds[text] = Config.from_mapping({"map": changes}).map
+        kinds[text] = own.changed(changes)
     return kinds
 
 
@@ -229,19 +230,11 @@ def _map_maker(
 
     A control is made from its map, and sources with one backbone share it.
     """
-    own, psm = trainer.config.map, trainer.map_source.psm
     device = trainer.policy.device if trainer.config.model.offload == "none" else "cpu"
-    sources = {own: trainer.map_source}
-    for kind in kinds.values():
-        plain = kind.model_copy(update={"control": None})
-        if plain in sources:
-            continue
-        shared = None
-        if psm is not None and all(getattr(plain, key) == getattr(own, key) for key in _BACKBONE):
-            options = {f.name: getattr(plain, f.name) for f in fields(psm) if f.name != "backbone"}
-            shared = replace(psm, **options)
-        sources[plain] = MapSource(plain, device, psm=shared)
-        sources[plain].check([prompt.text for prompt in trainer.prompts])
+    plain_kinds = [kind.model_copy(update={"control": None}) for kind in kinds.values()]
+    sources = shared_sources(trainer.config.map, trainer.map_source, plain_kinds, device)
+    for source in sources.values():
+        source.check([prompt.text for prompt in trainer.prompts])
 
     def maps_of(
         found: Experience, kind: MapConfig, iteration: int, made: dict[MapConfig, list[Tensor]]

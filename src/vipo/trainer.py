@@ -19,19 +19,21 @@ from peft import LoraConfig
 from torch import Tensor
 
 from . import __version__
-from .advantages import pixel_advantages, weighted_advantages
+from .advantages import mixed_pixel_advantages, pixel_advantages, reward_advantages, weighted_advantages
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import Config
 from .distributed import Ranks, shard, start, whole
 from .losses import LossStats, policy_loss
-from .maps import MapSource
+from .maps import MapSource, mean_statistics
 from .offload import visiting
 from .pipelines import compile_blocks, enable_vae
 from .policy import DiffusersPolicy
 from .prompts import prompt_batch, read_prompts, split_batches
-from .psm import PerceptualStructuring, map_statistics
+from .psm import PerceptualStructuring
 from .psm.latent_grid import frame_groups
-from .rewards import Reward, load_reward
+from .reward_maps import RewardMaps
+from .rewards import Reward, load_rewards
+from .rewards.background import Background, Scoring, afterwards
 from .rewards.mixture import RewardMixture
 from .runlog import PhaseClock, RunLog, check_output, write_summary
 from .trainable import LORA_TARGETS, Training
@@ -74,18 +76,17 @@ class Trainer:
         self.policy = policy or make_policy(config, ranks=self.ranks)
         waits = "cpu" if config.model.offload != "none" else self.policy.device
         weights = config.reward.weights
-        paths, options = config.reward.paths, config.reward.options
         if reward is not None and len(weights) > 1:
             raise ValueError(f"reward: one object was given for several names: {', '.join(weights)}; name one")
-        rewards = {
-            name: load_reward(name, waits, path=paths.get(name), options=options.get(name))
-            if reward is None
-            else reward
-            for name in weights
-        }
+        given = None if reward is None else dict.fromkeys(weights, reward)
+        rewards = given or load_rewards(list(weights), waits, config.reward.paths, config.reward.options)
         self.reward = RewardMixture(rewards, weights)
+        overlap = config.reward.asynchronous
+        self.scoring = Background(self.policy.device, config.model.offload) if overlap else afterwards
         self.map_source = MapSource(config.map, waits, psm=psm)
-        self.map_source.check([prompt.text for prompt in self.prompts])
+        own = config.reward_maps
+        self.reward_maps = RewardMaps(config.map, self.map_source, own, list(weights), waits) if own else None
+        (self.reward_maps or self.map_source).check([prompt.text for prompt in self.prompts])
         if config.model.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
         self.parameters = list(self.policy.trainable_parameters().values())
@@ -142,9 +143,10 @@ class Trainer:
         clock = PhaseClock(self.policy.device)
         found = self.experience(iteration, clock)
         with clock("map"):
-            maps = self.maps_of(found, iteration)
+            made = self.maps_of(found, iteration, self.reward_maps)
         with clock("update"):
-            losses = self.ranks.reduce(self._update(found, maps))
+            losses = self.ranks.reduce(self._update(found, made))
+        maps = [part[0] for part in made] if self.reward_maps else made
         self.frames, self.maps = found.buckets[0].frames, maps[0]
         rewards, group_size = found.rewards[:, found.kept], self.config.prompts.group_size
         total = self.reward.weights.to(rewards.device) @ rewards
@@ -158,7 +160,8 @@ class Trainer:
             "dropped_groups": (~found.kept).sum() // group_size,
             "advantage_abs": found.advantages.abs().mean(),
             **losses,
-            **{f"map_{name}": v for name, v in self.ranks.reduce(_mean_statistics(maps), **_NOT_MEANS).items()},
+            **{f"map_{name}": v for name, v in self.ranks.reduce(mean_statistics(maps), **_NOT_MEANS).items()},
+            **(self.ranks.reduce(self.reward_maps.statistics(made)) if self.reward_maps else {}),
         }
         return {**{name: float(value) for name, value in metrics.items()}, **clock.seconds()}
 
@@ -174,28 +177,38 @@ class Trainer:
             same_initial_noise=config.sampling.same_initial_noise,
         )
         own = self.ranks.share(len(batch.prompts))
-        with clock("rollout"):
-            decoded, plan = self._rollout(batch.take(own), iteration)
-            buckets = _buckets(decoded)
-        with clock("reward"), visiting(self.reward.rewards.values(), self.policy.device, config.model.offload):
-            scores = [self.reward(bucket.frames, bucket.prompts) for bucket in buckets]
-            rewards = self.ranks.gather(torch.cat([found.rewards for found in scores], 1))
-            kept = self.reward.keep(rewards, batch.prompts, batch.group_size, config.reward.on_failure)
-        advantages = torch.zeros(len(kept), device=rewards.device)
+        with self.scoring(self.reward) as scoring:
+            with clock("rollout"):
+                decoded, plan = self._rollout(batch.take(own), iteration, scoring)
+                buckets = _buckets(decoded)
+            with clock("reward"), visiting(self.reward.rewards.values(), self.policy.device, config.model.offload):
+                scores = scoring.scores([len(bucket.frames) for bucket in buckets])
+        rewards = self.ranks.gather(torch.cat([found.rewards for found in scores], 1))
+        kept = self.reward.keep(
+            rewards, batch.prompts, batch.group_size, config.reward.on_failure, max_dropped=config.reward.max_dropped
+        )
+        std, clip = config.reward.std, config.reward.advantage_clip
+        advantages, terms = torch.zeros(len(kept), device=rewards.device), None
         advantages[kept] = weighted_advantages(
             rewards[:, kept],
             self.reward.weights,
             batch.group_size,
             combine=config.reward.combine,
-            std=config.reward.std,
-            clip=config.reward.advantage_clip,
+            std=std,
+            clip=clip,
         )
+        if self.reward_maps:
+            terms = torch.zeros_like(rewards)
+            terms[:, kept] = reward_advantages(rewards[:, kept], batch.group_size, std=std, clip=clip)
+            terms *= self.reward.weights.to(terms)[:, None]
         parts = kept[own].split([len(bucket.frames) for bucket in buckets])
         credits = [found.credit_of(part) for found, part in zip(scores, parts, strict=True)]
-        return Experience([traj for traj, _ in decoded], plan, buckets, credits, rewards, kept, advantages, own)
+        return Experience([traj for traj, _ in decoded], plan, buckets, credits, rewards, kept, advantages, terms, own)
 
-    def _rollout(self, batch: PromptBatch, iteration: int) -> tuple[list[tuple[Trajectory, Tensor]], list[list[int]]]:
-        """Sample and decode in micro-batches of neighbours whose pipeline calls are equal.
+    def _rollout(
+        self, batch: PromptBatch, iteration: int, scoring: Scoring
+    ) -> tuple[list[tuple[Trajectory, Tensor]], list[list[int]]]:
+        """Sample and decode in micro-batches of neighbours whose pipeline calls are equal, and ask for their scores.
 
         Returns:
             Trajectories that hold the trained steps only, with their frames; and the trained steps of every update.
@@ -226,13 +239,14 @@ class Trainer:
                 **{**sampling.pipeline_call, **batch.entries[run[0]].call},
             )
             frames = self.policy.decode(traj)
+            scoring.ask(frames, traj.prompts)
             plan = plan or self._choose_steps(traj, iteration)
             traj.keep([k for steps in plan for k in steps])
             decoded.append((traj.to("cpu") if sampling.store_on_cpu else traj, frames))
         return decoded, plan
 
-    def maps_of(self, found: Experience, iteration: int, source: MapSource | None = None) -> list[Tensor]:
-        """Make the maps of every bucket, by the configured source or another."""
+    def maps_of(self, found: Experience, iteration: int, source: MapSource | RewardMaps | None = None) -> list[Tensor]:
+        """Make the maps of every bucket, by the map section's source or another."""
         source = source or self.map_source
         with visiting([source.backbone], self.policy.device, self.config.model.offload):
             return [
@@ -250,7 +264,7 @@ class Trainer:
         *,
         iteration: int,
         credit: Tensor | None = None,
-        source: MapSource | None = None,
+        source: MapSource | RewardMaps | None = None,
         own: slice = slice(None),
     ) -> Tensor:
         """Make the maps (N, T, H, W) of frames (N, F, 3, Y, X) on a latent grid (T, H, W), as `maps_of`."""
@@ -290,7 +304,7 @@ class Trainer:
 
         Args:
             found: the rollout.
-            maps: (n, T, H, W) per bucket.
+            maps: (n, T, H, W) per bucket; with reward.maps (1 + R, n, T, H, W), see `RewardMaps`.
             steps: those that one optimizer step trains.
             totals: the statistics of every loss are appended.
         """
@@ -305,6 +319,9 @@ class Trainer:
 
     def pixel_advantages(self, found: Experience, maps: Sequence[Tensor]) -> list[Tensor]:
         """Spread the advantages of a rollout over the latent grid: (n, T, H, W) per bucket."""
+        if found.terms is not None:
+            terms = found.terms[:, found.own].split([part.shape[1] for part in maps], 1)
+            return [mixed_pixel_advantages(term, part[1:]) for term, part in zip(terms, maps, strict=True)]
         shares = found.advantages[found.own].split([len(m) for m in maps])
         return [pixel_advantages(share, m) for share, m in zip(shares, maps, strict=True)]
 
@@ -366,21 +383,6 @@ def _buckets(decoded: list[tuple[Trajectory, Tensor]]) -> list[Bucket]:
         prompts = [prompt for traj, _ in pairs for prompt in traj.prompts]
         found.append(Bucket(torch.cat([frames for _, frames in pairs]), prompts, grid))
     return found
-
-
-def _mean_statistics(maps: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Statistics of maps of one or several shapes, weighted by the number of samples; counts are summed."""
-    if len(maps) == 1:
-        return map_statistics(maps[0])
-    found = [map_statistics(part) for part in maps]
-    weights = torch.tensor([float(len(part)) for part in maps], device=maps[0].device)
-    weights = weights / weights.sum()
-    mean = {name: (torch.stack([f[name].float() for f in found]) * weights).sum() for name in found[0]}
-    return {
-        **mean,
-        "constant": torch.stack([f["constant"] for f in found]).sum(),
-        "max": torch.stack([f["max"] for f in found]).amax(),
-    }
 
 
 def make_policy(config: Config, *, trainable: bool = True, ranks: Ranks | None = None) -> DiffusersPolicy:

@@ -191,6 +191,7 @@ class Experience(NamedTuple):
         rewards: (R, N), of all ranks, as the next two.
         kept: (N,) bool, false in groups where a reward has failed.
         advantages: (N,), 0 where not kept.
+        terms: w_r A_i^r, (R, N), whose sum over r the advantages are; None where all rewards have one map.
         own: which of the N samples are this rank's.
     """
 
@@ -201,6 +202,7 @@ class Experience(NamedTuple):
     rewards: Tensor
     kept: Tensor
     advantages: Tensor
+    terms: Tensor | None = None
     own: slice = slice(None)
 
 

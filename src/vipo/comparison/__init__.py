@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from ..offload import visiting
 from ..pictures import overlay_clips
 from ..prompts import read_prompts
 from ..report import render_report
-from ..rewards import load_reward, score
+from ..rewards import Reward, load_rewards, score, sharing
 from ..runlog import CLIP_FPS, CONFIG
 from ..types import Prompt
 from .measures import drift, mean_pairwise_distance
@@ -70,10 +70,7 @@ def compare(
     device = torch.device(config.model.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     waits = "cpu" if config.model.offload != "none" else device
     named = config.reward
-    rewards = {
-        name: load_reward(name, waits, path=named.paths.get(name), options=named.options.get(name))
-        for name in named.weights
-    }
+    rewards = load_rewards(list(named.weights), waits, named.paths, named.options)
     source = MapSource(config.map.model_copy(update={"source": "psm", "path": None, "control": None}), waits)
     store = SampleStore(output / SAMPLES, prompts, options.seeds, config, seed=options.seed)
 
@@ -83,9 +80,11 @@ def compare(
     for side in (contest.base, contest.trained):
         store.make(side, tell(f"sample {side.name}"))
     scores: dict[str, dict[str, Values]] = {}
-    for name, reward in rewards.items():
-        with visiting([reward], device, config.model.offload):
-            scores[name] = _scores(store, contest, reward, device, tell(name))
+    for names in sharing(rewards):
+        group = {name: rewards[name] for name in names}
+        with visiting(group.values(), device, config.model.offload):
+            scores |= _scores(store, contest, group, device, tell(", ".join(names)))
+    scores = {name: scores[name] for name in rewards}
     with visiting([source.backbone], device, config.model.offload):
         diversity, changes = _looks(store, contest, source, device, tell("diversity, drift"))
     record = make_record(contest, options, prompts, repeated, Measured(scores, diversity, changes))
@@ -132,18 +131,27 @@ def _choose(contest: Contest, options: EvalOptions) -> tuple[list[Prompt], int]:
 
 
 def _scores(
-    store: SampleStore, contest: Contest, reward: Any, device: torch.device, on_done: Callable[[int], None]
-) -> dict[str, Values]:
-    """One reward of both sides, (P, S) each; NaN or infinite where it failed."""
-    values: dict[str, list[Tensor]] = {"base": [], "trained": []}
+    store: SampleStore,
+    contest: Contest,
+    rewards: Mapping[str, Reward],
+    device: torch.device,
+    on_done: Callable[[int], None],
+) -> dict[str, dict[str, Values]]:
+    """Rewards of both sides, by name, (P, S) each; NaN or infinite where one failed."""
+    values: dict[str, dict[str, list[Tensor]]] = {name: {"base": [], "trained": []} for name in rewards}
     done = 0
     for batch in store.batches:
         texts = [store.entries[position].text for position in batch]
         for side in (contest.base, contest.trained):
-            values[side.name].append(score(reward, store.read(side, batch).to(device), texts).rewards.cpu())
+            frames = store.read(side, batch).to(device)
+            for name, reward in rewards.items():
+                values[name][side.name].append(score(reward, frames, texts).rewards.cpu())
         done += len(batch)
         on_done(done)
-    return {name: torch.cat(parts).double().numpy().reshape(-1, store.seeds) for name, parts in values.items()}
+    return {
+        name: {side: torch.cat(parts).double().numpy().reshape(-1, store.seeds) for side, parts in found.items()}
+        for name, found in values.items()
+    }
 
 
 def _looks(

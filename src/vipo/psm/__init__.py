@@ -204,6 +204,7 @@ class PerceptualStructuring(LatentAllocation):
         temporal_compression: int = 1,
         *,
         first_frame_alone: bool = True,
+        features: Tensor | None = None,
     ) -> Tensor:
         """Make the allocation maps of N decoded samples.
 
@@ -212,6 +213,7 @@ class PerceptualStructuring(LatentAllocation):
             latent_shape: (T, H, W).
             temporal_compression: c, pixel frames per latent frame.
             first_frame_alone: whether frame 0 has a latent frame to itself: F = 1 + (T - 1) c, else F = T c.
+            features: what `features` returns for the frames, where it is known already.
 
         Returns:
             M, (N, T, H, W), float32, >= 0, without gradient, on the frames' device; with normalisation "mean" of mean
@@ -226,7 +228,7 @@ class PerceptualStructuring(LatentAllocation):
             raise ValueError(f"latent_shape: expected (T, H, W) of at least 1 each, got {latent_shape}")
         check_frames(sizes["F"], latent_shape[0], temporal_compression, first_frame_alone)
         return self.allocate(
-            self.features(frames),
+            self.features(frames) if features is None else features,
             latent_shape,
             temporal_compression,
             first_frame_alone=first_frame_alone,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..named import import_function
 from ..types import check_shape
@@ -64,16 +64,21 @@ class Named(NamedTuple):
     kind: Literal["loaded", "server", "ready"] = "loaded"
 
     def __call__(
-        self, device: torch.device | str, path: str | None = None, options: Mapping[str, Any] | None = None
+        self,
+        device: torch.device | str,
+        path: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        shared: dict[Any, Any] | None = None,
     ) -> Reward:
-        """Load the reward.
+        """Load the reward; see `load_reward`.
 
         Raises:
             ValueError: nothing loadable there, or an option that it does not have.
         """
         function: Callable[..., Any] = getattr(import_module(f".{self.module}", __name__), self.function)
-        taken = ("path", "device", "url")
-        known = [] if self.kind == "ready" else [name for name in signature(function).parameters if name not in taken]
+        taken = ("path", "device", "url", "shared")
+        parameters = signature(function).parameters
+        known = [] if self.kind == "ready" else [name for name in parameters if name not in taken]
         for option in options or {}:
             if option in self.options or option not in known:
                 free = [name for name in known if name not in self.options]
@@ -93,7 +98,8 @@ class Named(NamedTuple):
                 )
             asked: Reward = function(where, **self.options, **(options or {}))
             return asked
-        loaded: Reward = function(where, device, **self.options, **(options or {}))
+        together = {"shared": shared} if "shared" in parameters else {}
+        loaded: Reward = function(where, device, **together, **self.options, **(options or {}))
         return loaded
 
 
@@ -138,6 +144,7 @@ def load_reward(
     *,
     path: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
+    shared: dict[Any, Any] | None = None,
 ) -> Reward:
     """Find a reward by its name or as "package.module:function".
 
@@ -147,12 +154,13 @@ def load_reward(
         path: of a named reward, instead of the published weights: a folder, a .safetensors file or a hub id;
             of "geneval" the metadata file. Apart from the name, whose colon means a function.
         options: keyword arguments of a named reward's loading function, such as dtype.
+        shared: the models of the rewards loaded before, which later ones use instead of loading theirs again.
 
     Raises:
         ValueError: no such reward, module, function or option, or nothing loadable there.
     """
     if name in REWARDS:
-        return REWARDS[name](torch.device(device), None if path is None else str(path), options)
+        return REWARDS[name](torch.device(device), None if path is None else str(path), options, shared)
     if ":" not in name:
         near = get_close_matches(name, REWARDS, 1, 0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
@@ -163,6 +171,29 @@ def load_reward(
         raise ValueError(f"reward: {name!r} is a function and takes no path and no options")
     reward: Reward = import_function("reward.name", name, "(frames, prompts) -> (N,)")
     return reward
+
+
+def load_rewards(
+    names: Sequence[str],
+    device: torch.device | str,
+    paths: Mapping[str, str],
+    options: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Reward]:
+    """Load the rewards of a run by name; those of one model (videoalign_vq, videoalign_mq) share it."""
+    shared: dict[Any, Any] = {}
+    return {
+        name: load_reward(name, device, path=paths.get(name), options=options.get(name), shared=shared)
+        for name in names
+    }
+
+
+def sharing(rewards: Mapping[str, Reward]) -> list[list[str]]:
+    """Group the names of rewards that share weights: asked about one batch in turn, they run their model once."""
+    groups: dict[Any, list[str]] = {}
+    for name, reward in rewards.items():
+        weight = next(reward.parameters(), None) if isinstance(reward, nn.Module) else None
+        groups.setdefault(name if weight is None else id(weight), []).append(name)
+    return list(groups.values())
 
 
 @torch.no_grad()

@@ -44,7 +44,15 @@ class RewardMixture:
         """Mean of each reward over the samples of (R, N), by name, where there are several."""
         return dict(zip(self.rewards, rewards.mean(1), strict=True)) if len(self.rewards) > 1 else {}
 
-    def keep(self, rewards: Tensor, prompts: Sequence[str], group_size: int, on_failure: str) -> Tensor:
+    def keep(
+        self,
+        rewards: Tensor,
+        prompts: Sequence[str],
+        group_size: int,
+        on_failure: str,
+        *,
+        max_dropped: float = 1.0,
+    ) -> Tensor:
         """Find the groups without a failure.
 
         Args:
@@ -52,12 +60,13 @@ class RewardMixture:
             prompts: N.
             group_size: G.
             on_failure: "stop", or "drop" to do without the group of a failure.
+            max_dropped: largest share of the groups that may be dropped; at least one must stay.
 
         Returns:
             Which samples are kept: (N,) bool.
 
         Raises:
-            FloatingPointError: a reward has failed and on_failure is "stop", or every group has a failure.
+            FloatingPointError: a reward has failed and on_failure is "stop", or in too many groups.
         """
         bad = ~torch.isfinite(rewards)
         if bool(bad.any()):
@@ -69,7 +78,14 @@ class RewardMixture:
             if on_failure == "stop":
                 raise FloatingPointError(f"{message}; set reward.on_failure=drop to drop such groups and go on")
             log.warning("%s: its group is dropped", message)
-        kept = ~bad.any(0).view(-1, group_size).any(1).repeat_interleave(group_size)
-        if not bool(kept.any()):
-            raise FloatingPointError("reward: every group of the iteration had a bad reward")
-        return kept
+        failed = bad.view(len(bad), -1, group_size).any(2)  # (R, B)
+        dropped = failed.any(0)
+        count, groups = int(dropped.sum()), len(dropped)
+        if count == groups or count / groups > max_dropped:
+            found = [f"{name!r} in {n}" for name, n in zip(self.rewards, failed.sum(1).tolist(), strict=True) if n]
+            excess = "all of them" if count == groups else f"more than reward.max_dropped={max_dropped:g} allows"
+            raise FloatingPointError(
+                f"reward {' and '.join(found)} of {groups} groups is NaN or infinite: {count} would be dropped, "
+                f"{excess}; mend the reward (a server that is down, a model that overflows) or raise reward.max_dropped"
+            )
+        return (~dropped).repeat_interleave(group_size)

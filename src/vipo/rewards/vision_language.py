@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase, Qwen2VLConfig, Qwe
 from ..psm.backbones import first_line
 from ..psm.families import FAMILIES
 from ..types import check_choice, check_shape
+from .last_scores import LastScores, SharedReward
 from .pixels import resized, spread, statistics
 from .weights import DTYPES, build, folder_of, load_tokenizer, read_json, read_weights, renamed, under
 
@@ -255,7 +256,8 @@ def load_videoalign(
     base: str = "Qwen/Qwen2-VL-2B-Instruct",
     dtype: str = "bfloat16",
     chunk: int = 1,
-) -> QwenReward:
+    shared: dict[Any, Any] | None = None,
+) -> QwenReward | SharedReward:
     """Load VideoAlign's reward model (arXiv 2501.13918): Qwen2-VL-2B with LoRA, and one linear head at three tokens.
 
     LoRA weights are merged: W + alpha / r * B A. mean and std come from model_config.json, the published ones if it
@@ -269,9 +271,16 @@ def load_videoalign(
         base: folder or hub id of the config (and the tokenizer, where `path` has none).
         dtype: of the weights, the head's float32 apart.
         chunk: clips per forward pass.
+        shared: models of rewards loaded before; of equal models one is loaded, and its last scores serve all.
     """
     for dimension in dimensions:
         check_choice("dimensions", dimension, DIMENSIONS)
+    weights_of = [float(dimension in dimensions) for dimension in DIMENSIONS]
+    if shared is not None:
+        key = ("videoalign", str(Path(path)), str(device), fps, base, dtype, chunk)
+        if key not in shared:
+            shared[key] = LastScores(load_videoalign(path, device, fps=fps, base=base, dtype=dtype, chunk=chunk))
+        return SharedReward(shared[key], weights_of).to(device)
     place = folder_of(path)
     found = sorted(place.rglob("model_config.json")) if place.is_dir() else []
     settings = read_json(found[0]) if found else {}
@@ -288,7 +297,7 @@ def load_videoalign(
         sight=Sight(128 * 28 * 28, int(settings.get("data_config", {}).get("max_frame_pixels", 448 * 448)), 2.0),
         mean=[float(norm.get(f"{dimension}_mean", _MEAN[dimension])) for dimension in DIMENSIONS],
         std=[float(norm.get(f"{dimension}_std", _STD[dimension])) for dimension in DIMENSIONS],
-        weights=[float(dimension in dimensions) for dimension in DIMENSIONS], fps=fps, chunk=chunk,
+        weights=weights_of, fps=fps, chunk=chunk,
     ).to(device)  # fmt: skip
 
 
