@@ -19,6 +19,7 @@ LAYERS = [
         "prompts",
         "prompt_sets",
         "loading",
+        "measures",
         "media",
         "offload",
         "trainable",

@@ -17,11 +17,11 @@ from tiny_pipelines import build
 
 from vipo import Config, Trainer
 from vipo.cli import main
-from vipo.comparison.measures import drift, mean_pairwise_distance
 from vipo.comparison.record import regression
 from vipo.comparison.samples import SampleStore, read_sample, write_sample
 from vipo.comparison.sides import contest_of_models, contest_of_run, fingerprint
 from vipo.loading import save_pipeline
+from vipo.measures import drift, mean_pairwise_distance
 from vipo.nano import ASSETS
 from vipo.report import render_report
 from vipo.types import Prompt
