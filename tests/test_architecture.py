@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "vipo"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
-    {"types", "files", "windows", "named", "nano", "console"},
+    {"types", "files", "windows", "named", "nano", "console", "section", "watch_config"},
     {
         "kernels",
         "advantages",
@@ -26,7 +26,7 @@ LAYERS = [
     },
     {"scheduler", "pipelines", "rewards", "maps", "pictures"},
     {"policy"},
-    {"checkpoint", "runlog", "evaluation", "report"},
+    {"checkpoint", "runlog", "evaluation", "report", "held_out", "watch"},
     {"trainer"},
     {"preflight", "signal", "demo_kinds", "inspection", "comparison"},
     {"demo"},

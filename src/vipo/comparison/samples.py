@@ -23,14 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..config import Config
+from ..evaluation import BATCH
 from ..files import write_atomically
 from ..media import read_frames, write_image
 from ..prompts import noise_seed, split_batches
 from ..types import Prompt
 from .sides import Side
-
-BATCH = 8
-"""Samples per pipeline call where the config names no sampling.micro_batch."""
 
 
 class SampleStore:
