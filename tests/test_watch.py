@@ -245,7 +245,8 @@ def test_too_few_prompts_and_unknown_rewards_are_found_before_the_run(tmp_path):
 
 def test_a_collapse_is_found_without_evaluations_and_told_once(tmp_path, caplog):
     small = {"sampling": {"num_inference_steps": 2}, "prompts": {"per_iteration": 1}}
-    watched(tmp_path, "run", iterations=11, reward=lambda f, p: torch.ones(len(f)), **small).run()
+    ones = {"reward": lambda f, p: torch.ones(len(f)), **small}
+    watched(tmp_path, "run", iterations=11, **ones).run()
     told = [record.getMessage() for record in caplog.records if "warning at iteration" in record.getMessage()]
     assert len(told) == 1 and told[0].startswith("warning at iteration 10, constant groups: 10 of the 10 groups")
     found = json.loads((tmp_path / "run" / "watch.json").read_text())
@@ -253,6 +254,9 @@ def test_a_collapse_is_found_without_evaluations_and_told_once(tmp_path, caplog)
     assert found["watched"] == ["groups of equal rewards"]
     assert "held-out rewards: watch.every is not set" in found["not_watched"]
     assert "KL to the reference: loss.kl_beta is 0, so no KL is computed" in found["not_watched"]
+    watched(tmp_path, "parts", iterations=8, **ones).run()
+    watched(tmp_path, "parts", iterations=11, **ones).run(mode="resume")
+    assert json.loads((tmp_path / "parts" / "watch.json").read_text()) == found  # the window spans the gap
 
 
 HACKED = {
