@@ -186,7 +186,11 @@ def test_watching_changes_no_number_of_the_training(tmp_path):
 
 
 def test_evaluations_pair_with_the_base(tmp_path):
-    watched(tmp_path, "run", {}, iterations=3).run()
+    trainer = watched(tmp_path, "run", {}, iterations=3)
+    first = trainer.watch.held_out.measure(0)
+    torch.rand(1)
+    assert np.array_equal(trainer.watch.held_out.measure(0).rewards["nano"], first.rewards["nano"])  # the same noise
+    trainer.run()
     found = {
         path.stem: json.loads(path.read_text()) for path in sorted((tmp_path / "run" / "evaluations").glob("*.json"))
     }
