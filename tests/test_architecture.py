@@ -8,7 +8,18 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "vipo"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
-    {"types", "files", "windows", "named", "nano", "console", "config_errors", "distributed"},
+    {
+        "types",
+        "files",
+        "windows",
+        "named",
+        "nano",
+        "console",
+        "config_errors",
+        "distributed",
+        "section",
+        "watch_config",
+    },
     {
         "kernels",
         "advantages",
@@ -19,13 +30,14 @@ LAYERS = [
         "prompts",
         "prompt_sets",
         "loading",
+        "measures",
         "media",
         "offload",
         "trainable",
     },
     {"scheduler", "pipelines", "rewards", "maps", "reward_maps", "pictures"},
     {"policy"},
-    {"checkpoint", "runlog", "evaluation", "report"},
+    {"checkpoint", "runlog", "evaluation", "report", "held_out", "watch"},
     {"trainer"},
     {"preflight", "signal", "demo_kinds", "inspection", "comparison"},
     {"demo"},

@@ -13,15 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from tiny_pipelines import build
 
 from vipo import Config, Trainer
 from vipo.cli import main
-from vipo.comparison.measures import drift, mean_pairwise_distance
 from vipo.comparison.record import regression
 from vipo.comparison.samples import SampleStore, read_sample, write_sample
 from vipo.comparison.sides import contest_of_models, contest_of_run, fingerprint
 from vipo.loading import save_pipeline
+from vipo.measures import drift, mean_pairwise_distance
 from vipo.nano import ASSETS
 from vipo.report import render_report
 from vipo.types import Prompt
@@ -330,3 +331,14 @@ def test_an_adapter_of_another_model_is_refused(trained, tmp_path, prompts, caps
         main(["eval", "--model", "nano", "--lora", str(tmp_path / "lora"), "--prompts", str(prompts), STEPS]
              + ["--rewards", "nano", "--seeds", "1", "-o", str(tmp_path / "out")])  # fmt: skip
     assert f"of {len(weights)} tensors of" in capsys.readouterr().err
+
+
+def test_a_runs_own_held_out_reward_can_be_evaluated(trained, tmp_path):
+    """The watch's rewards are no part of an evaluation's config, where they would collide with what it measures by."""
+    run = tmp_path / "watched"
+    shutil.copytree(trained, run)
+    mapping = yaml.safe_load((run / "config.yaml").read_text())
+    mapping["watch"] |= {"every": 5, "rewards": ["redness"]}
+    (run / "config.yaml").write_text(yaml.safe_dump(mapping))
+    contest = contest_of_run(run, rewards=["redness"])
+    assert list(contest.config.reward.weights) == ["redness"] and contest.in_domain == {"nano"}

@@ -99,7 +99,7 @@ def test_a_map_on_the_reward_is_normalised_at_every_position():
     maps, rewards = torch.rand(16, 1, 2, 3, generator=generator), torch.randn(1, 16, generator=generator)
     experience = type("Found", (), {"rewards": rewards})()
     (found,) = Trainer.pixel_advantages.__get__(trainer)(
-        type("F", (), {"advantages": group_advantages(rewards[0], 8)})(), [maps]
+        type("F", (), {"advantages": group_advantages(rewards[0], 8), "terms": None, "own": slice(None)})(), [maps]
     )
     (own,) = trainer.pixel_advantages(experience, [maps])
     for y in range(2):

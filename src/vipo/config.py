@@ -10,24 +10,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from .config_errors import describe
 from .named import apply_overrides, read_yaml
+from .section import Fraction, Positive, Section
 from .types import check_choice
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, unknown keys are errors, field docstrings are their help."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        use_attribute_docstrings=True,
-        validate_default=True,
-        allow_inf_nan=False,
-        serialize_by_alias=True,
-    )
+from .watch_config import WatchConfig
 
 
 def _clip_bounds(value: float | tuple[float, float]) -> float | tuple[float, float]:
@@ -48,10 +37,6 @@ def _map_source(value: str) -> str:
         hint = "; ones is a control now: map.control=ones" if value == "ones" else ""
         raise ValueError(f"expected psm, masks, reward or package.module:function{hint}")
     return value
-
-
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 class ModelConfig(Section):
@@ -192,9 +177,6 @@ class RewardConfig(Section):
     def _check(self) -> RewardConfig:
         if not self.weights or not all(self.weights.values()):
             raise ValueError(f"reward.name: expected at least one reward, and weights other than 0, got {self.name}")
-        foreign = [name for name in (*self.paths, *self.options) if name not in self.weights]
-        if foreign:
-            raise ValueError(f"reward.paths, reward.options: {foreign[0]!r} is not in reward.name")
         for name in self.maps:
             check_choice("reward.maps", name, self.weights)
         if self.maps and self.combine == "rewards":
@@ -342,11 +324,19 @@ class Config(Section):
     map: MapConfig = MapConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    watch: WatchConfig = WatchConfig()
     parallel: ParallelConfig = ParallelConfig()
     run: RunConfig = RunConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        both = [name for name in self.watch.rewards if name in self.reward.weights]
+        if both:
+            raise ValueError(f"watch.rewards: {both[0]!r} is trained on (reward.name), so it is not held out")
+        scored = (*self.reward.weights, *self.watch.rewards)
+        foreign = [name for name in (*self.reward.paths, *self.reward.options) if name not in scored]
+        if foreign:
+            raise ValueError(f"reward.paths, reward.options: {foreign[0]!r} is not in reward.name or watch.rewards")
         trained = self.trained_steps
         if self.optimizer.updates_per_rollout > trained:
             raise ValueError(

@@ -13,11 +13,18 @@ from torch import Tensor
 from .policy import DiffusersPolicy
 
 RESAMPLES = 4000
+BATCH = 8
+"""Samples per pipeline call where the config names no sampling.micro_batch."""
 Values = NDArray[np.float64]
 
 
-def bootstrap_mean(values: Values, *, seed: int = 0) -> dict[str, float | None]:
-    """Mean of (n,) values with a 95 % percentile bootstrap interval; NaN values do not count.
+def bootstrap_mean(values: Values, *, seed: int = 0, tail: float = 0.025) -> dict[str, float | None]:
+    """Mean of (n,) values with a percentile bootstrap interval, 95 % by default; NaN values do not count.
+
+    Args:
+        values: (n,).
+        seed: of the resamples.
+        tail: share of the resampled means left out on either side.
 
     Returns:
         mean, low, high; None where no value counts.
@@ -26,14 +33,14 @@ def bootstrap_mean(values: Values, *, seed: int = 0) -> dict[str, float | None]:
     if len(values) == 0:
         return {"mean": None, "low": None, "high": None}
     picks = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
-    low, high = np.quantile(values[picks].mean(1), [0.025, 0.975])
+    low, high = np.quantile(values[picks].mean(1), [tail, 1 - tail])
     return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
 
 def paired_difference(
-    new: Values, old: Values, *, higher_is_better: bool = True, seed: int = 0
+    new: Values, old: Values, *, higher_is_better: bool = True, seed: int = 0, tail: float = 0.025
 ) -> dict[str, float | None]:
-    """Mean of new - old over the same prompts and seeds, its 95 % interval, and how often new is better.
+    """Mean of new - old over the same prompts and seeds, its interval, and how often new is better.
 
     Returns:
         mean, low, high, win_rate (ties count half); None where no pair counts.
@@ -42,7 +49,7 @@ def paired_difference(
     counted = difference[~np.isnan(difference)]
     better = counted if higher_is_better else -counted
     wins = float((better > 0).mean() + 0.5 * (better == 0).mean()) if len(better) else None
-    return {**bootstrap_mean(difference, seed=seed), "win_rate": wins}
+    return {**bootstrap_mean(difference, seed=seed, tail=tail), "win_rate": wins}
 
 
 def sign_test(better: int, worse: int) -> float:
@@ -65,7 +72,7 @@ def sign_test(better: int, worse: int) -> float:
     return min(1.0, 2 * tail / (1 << n))  # the integers are exact, their quotient is rounded once
 
 
-def compare_groups(trained: Values, base: Values, *, seed: int = 0) -> dict[str, Any]:
+def compare_groups(trained: Values, base: Values, *, seed: int = 0, tail: float = 0.025) -> dict[str, Any]:
     """Compare paired values (P, S) of P prompts with S seeds each; higher is better.
 
     The seeds of a prompt are averaged first and prompts are resampled, not samples: samples of one prompt are alike,
@@ -85,9 +92,9 @@ def compare_groups(trained: Values, base: Values, *, seed: int = 0) -> dict[str,
     difference = means[0] - means[1]
     better, worse = int((difference > 0).sum()), int((difference < 0).sum())
     return {
-        "base": bootstrap_mean(means[1], seed=seed),
-        "trained": bootstrap_mean(means[0], seed=seed),
-        "difference": paired_difference(means[0], means[1], seed=seed),
+        "base": bootstrap_mean(means[1], seed=seed, tail=tail),
+        "trained": bootstrap_mean(means[0], seed=seed, tail=tail),
+        "difference": paired_difference(means[0], means[1], seed=seed, tail=tail),
         "sign_test": {
             "better": better,
             "worse": worse,

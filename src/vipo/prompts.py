@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,6 +88,26 @@ def _entry(file: Path, number: int, line: str) -> Prompt:
             stills = [frames[0] for frames in pictures]
             loaded["image" if key == "images" else key] = stills if isinstance(value, list) else stills[0]
     return Prompt(entry["prompt"].strip(), loaded, json.dumps(call, sort_keys=True))
+
+
+def unique_prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """Each prompt once, in the order of first appearance; other keywords make another prompt."""
+    found: dict[tuple[str, str], Prompt] = {}
+    for prompt in prompts:
+        found.setdefault((prompt.text, prompt.key), prompt)
+    return list(found.values())
+
+
+def spread(prompts: Sequence[Prompt], count: int) -> list[Prompt]:
+    """Choose at most `count` prompts, evenly spread over all."""
+    count = min(count, len(prompts))
+    return [prompts[i * len(prompts) // count] for i in range(count)]
+
+
+def noise_seed(prompt: Prompt, number: int, seed: int) -> int:
+    """Seed of a prompt's sample `number`: from its own words, so that it stays when the prompt file changes."""
+    digest = hashlib.sha256(f"{seed} {number} {prompt.text}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
 
 
 def split_batches(entries: Sequence[Prompt], size: int) -> list[list[int]]:

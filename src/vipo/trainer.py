@@ -38,6 +38,7 @@ from .rewards.mixture import RewardMixture
 from .runlog import PhaseClock, RunLog, check_output, write_summary
 from .trainable import LORA_TARGETS, Training
 from .types import Bucket, Experience, PromptBatch, Trajectory, require_finite
+from .watch import Watch
 from .windows import stochastic_window
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,7 @@ class Trainer:
         )
         self.iteration = 0
         self.frames = self.maps = torch.empty(0)
+        self.watch = Watch(config, self.policy, self.reward.rewards, self.map_source)
 
     def run(self, *, mode: Resume = "no", on_iteration: Callable[[int, dict[str, Any]], None] | None = None) -> None:
         """Train to the configured number of iterations, writing the run directory.
@@ -117,13 +119,16 @@ class Trainer:
         elif mode == "resume":
             log.warning("--resume: %s has no checkpoint yet; the run starts again", run.output)
         started = time.perf_counter()
-        first = self.step(self.iteration) if self.iteration < run.iterations else None
+        self.watch.begin(run.output, self.iteration)
+        first = self.step(self.iteration) if self.iteration < run.iterations and not self.watch.stops else None
         with RunLog(run.output, self.config.to_yaml(), keep_until=self.iteration, tensorboard=run.tensorboard) as files:
-            while self.iteration < run.iterations:
+            self.watch.open(files)
+            while self.iteration < run.iterations and not self.watch.stops:
                 metrics, first = first or self.step(self.iteration), None
                 self.iteration += 1
+                metrics = self.watch(run.output, self.iteration, metrics)
                 files.metrics(self.iteration, metrics)
-                last = self.iteration == run.iterations
+                last = self.iteration == run.iterations or self.watch.stops
                 if self.iteration == 1 or last or self.iteration % run.sample_every == 0:
                     files.pictures(self.iteration, self.frames, self.maps)
                 if last or self.iteration % run.save_every == 0:
@@ -131,7 +136,12 @@ class Trainer:
                 if on_iteration:
                     on_iteration(self.iteration, metrics)
             seconds = round(time.perf_counter() - started, 2)
-        summary = {"kind": "train", "state": "finished", "iterations": self.iteration, "seconds": seconds}
+        summary = {
+            "kind": "train",
+            "state": self.watch.close(checkpoints),
+            "iterations": self.iteration,
+            "seconds": seconds,
+        }
         write_summary(run.output, {**summary, **versions()})
 
     def step(self, iteration: int) -> dict[str, Any]:

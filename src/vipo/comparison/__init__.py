@@ -2,8 +2,8 @@
 
     prompts x seeds -> samples of both sides (8 bits, on disk) -> rewards, diversity, drift -> eval.json, report.html
 
-Read sides.py (what is compared), samples.py (what is made), measures.py (diversity and drift), record.py (what is
-reported), then `compare` here; the statistics are in vipo/evaluation.py.
+Read sides.py (what is compared), samples.py (what is made), record.py (what is reported), then `compare` here; the
+statistics are in vipo/evaluation.py, diversity and drift in vipo/measures.py.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch import Tensor
 from ..evaluation import Values
 from ..files import write_atomically
 from ..maps import MapSource
+from ..measures import drift, mean_pairwise_distance
 from ..media import write_animation, write_image
 from ..offload import visiting
 from ..pictures import overlay_clips
-from ..prompts import read_prompts
+from ..prompts import read_prompts, spread, unique_prompts
 from ..report import render_report
 from ..rewards import Reward, load_rewards, score, sharing
 from ..runlog import CLIP_FPS, CONFIG
 from ..types import Prompt
-from .measures import drift, mean_pairwise_distance
 from .record import EvalOptions, Measured, make_record, prompt_means, regression
 from .samples import SampleStore
 from .sides import Contest
@@ -122,12 +122,8 @@ def _choose(contest: Contest, options: EvalOptions) -> tuple[list[Prompt], int]:
     if options.seeds < 1 or options.seed < 0 or (options.limit is not None and options.limit < 1):
         raise ValueError("expected --seeds and --limit of at least 1 and --seed of at least 0")
     read = read_prompts(path)
-    unique: dict[tuple[str, str], Prompt] = {}
-    for prompt in read:
-        unique.setdefault((prompt.text, prompt.key), prompt)
-    prompts = list(unique.values())
-    count = min(options.limit or len(prompts), len(prompts))
-    return [prompts[i * len(prompts) // count] for i in range(count)], len(read) - len(prompts)
+    prompts = unique_prompts(read)
+    return spread(prompts, options.limit or len(prompts)), len(read) - len(prompts)
 
 
 def _scores(

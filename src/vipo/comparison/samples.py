@@ -23,14 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..config import Config
+from ..evaluation import BATCH
 from ..files import write_atomically
 from ..media import read_frames, write_image
-from ..prompts import split_batches
+from ..prompts import noise_seed, split_batches
 from ..types import Prompt
 from .sides import Side
-
-BATCH = 8
-"""Samples per pipeline call where the config names no sampling.micro_batch."""
 
 
 class SampleStore:
@@ -99,12 +97,6 @@ class SampleStore:
         files = [self.file(side, position) for position in batch]
         assert None not in files, "make comes before read"
         return torch.stack([read_sample(file) for file in files if file is not None])
-
-
-def noise_seed(prompt: Prompt, number: int, seed: int) -> int:
-    """Seed of a prompt's sample `number`: from its own words, so that it stays when the prompt file changes."""
-    digest = hashlib.sha256(f"{seed} {number} {prompt.text}".encode()).digest()
-    return int.from_bytes(digest[:4], "big") >> 1
 
 
 def sampling_settings(config: Config) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def _measured_by(config: Config, rewards: Sequence[str], overrides: Sequence[str
         section[key] = {**kept, **stated} if isinstance(stated, dict) else stated
     if given:
         raise ValueError(f"--reward.{next(iter(given))}: vipo eval takes --reward.paths and --reward.options only")
-    return Config.from_mapping({**config.model_dump(mode="json"), "reward": section})
+    return Config.from_mapping({**config.model_dump(mode="json"), "reward": section, "watch": {}})
 
 
 def sides(model: str | Path, *, lora: Path | None, full: str | Path | None) -> tuple[Side, Side]:

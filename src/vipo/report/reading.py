@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -47,6 +47,8 @@ class TrainRun:
         samples: contact sheets in order of iteration.
         maps: the same sheets with their allocation maps overlaid.
         remarks: what the reader of the page must know about these files (a truncated line, repeated iterations).
+        base: the record of iteration 0, the model before training, empty when it was not evaluated.
+        watch: watch.json, empty when the run wrote none.
     """
 
     path: Path
@@ -56,6 +58,8 @@ class TrainRun:
     samples: tuple[Sheet, ...]
     maps: tuple[Sheet, ...]
     remarks: tuple[str, ...]
+    base: JsonObject = field(default_factory=dict)
+    watch: JsonObject = field(default_factory=dict)
 
     def column(self, key: str) -> NDArray[np.float64]:
         """Return one measurement over the iterations, NaN where it was not recorded."""
@@ -244,7 +248,7 @@ def _parse_record(line: bytes) -> tuple[int, JsonObject]:
 
 
 def read_summary(path: Path) -> JsonObject:
-    """Read summary.json, empty when absent.
+    """Read a file of one JSON object (summary.json, watch.json), empty when absent.
 
     Raises:
         ValueError: the file is not a JSON object.
@@ -266,11 +270,13 @@ def read_train(run_dir: Path) -> TrainRun:
     return TrainRun(
         path=run_dir,
         config_text=_read_config(run_dir),
-        records=records,
+        records=tuple(record for record in records if record["iteration"] != 0),
         summary=read_summary(inside(run_dir, "summary.json")),
         samples=_read_sheets(run_dir, "samples"),
         maps=_read_sheets(run_dir, "maps"),
         remarks=remarks,
+        base=next((record for record in records if record["iteration"] == 0), {}),
+        watch=read_summary(inside(run_dir, "watch.json")),
     )
 
 

@@ -209,7 +209,7 @@ def more_panels(arms: Sequence[Arm], prefix: str) -> list[Panel]:
     found = {key: None for arm in arms for key in arm.run.measurements()}
     keys = [key for key in MORE if key in found]
     shown = (*HEALTH, *MORE, *NOT_MEASUREMENTS)
-    keys += [key for key in found if key not in shown and not key.startswith("seconds_")]
+    keys += [key for key in found if key not in shown and not key.startswith(("seconds_", "eval/"))]
     panels = []
     for position, key in enumerate(keys):
         title, unit = MORE.get(key, (key, "value"))

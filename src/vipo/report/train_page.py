@@ -19,10 +19,18 @@ from vipo.report.sections import (
     sheet_section,
     time_section,
 )
+from vipo.report.watch_section import evaluation_section, watch_box
 from vipo.report.wording import ARM_LABELS, NOT_RECORDED, compact, counted, duration, train_verdict
 
 MOST_STEPS = 12
-ANCHORS = (("reward", "Reward"), ("sheets", "Samples"), ("health", "Health"), ("time", "Time"), ("again", "Reproduce"))
+ANCHORS = (
+    ("reward", "Reward"),
+    ("evaluation", "Held out"),
+    ("sheets", "Samples"),
+    ("health", "Health"),
+    ("time", "Time"),
+    ("again", "Reproduce"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,8 +53,11 @@ def train_context(run: TrainRun) -> dict[str, object]:
     window = smoothing_window(len(rewards))
     first, last = mean_or_none(rewards[:window]), mean_or_none(rewards[-window:])
     state = text(run.summary.get("state"))
+    evaluation = evaluation_section(run)
     return {
-        "anchors": ANCHORS,
+        "anchors": [anchor for anchor in ANCHORS if evaluation or anchor[0] != "evaluation"],
+        "watch": watch_box(run),
+        "evaluation": evaluation,
         "noun": "clip" if any(sheet.animation for sheet in run.samples) else "image",
         "name": run.path.resolve().name,
         "verdict": train_verdict(len(run.records), first, last, window, state),

@@ -14,11 +14,11 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from ...advantages import group_advantages
-from ...comparison.measures import drift
 from ...config import Config, MapConfig
 from ...demo import HeldOut
 from ...demo_kinds import CLIPS, IMAGES
 from ...maps import make_psm
+from ...measures import drift
 from ...prompts import read_prompts
 from ...rewards.rules import redness
 from ...signal import CONTROLS, measure_signal

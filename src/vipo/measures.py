@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from ..psm.latent_grid import resize_space
-from ..types import check_shape
+from .psm.latent_grid import resize_space
+from .types import check_shape
 
 _EVEN = 1e-6
 """A map whose complement is below this share of the whole has no outside."""

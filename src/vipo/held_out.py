@@ -1,0 +1,225 @@
+"""Evaluations during training: always the same prompts and noise, so that each pairs with the base model's.
+
+RUN/evaluations/iteration_000000.json        the base: scores per prompt and sample, and what they depend on
+                iteration_000010.json        ...
+                base_features.safetensors    features of the base's samples (P, S, D), for the distance from them
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .config import Config
+from .evaluation import BATCH, Values
+from .files import write_atomically
+from .maps import MapSource, make_psm
+from .measures import mean_pairwise_distance
+from .offload import visiting
+from .policy import DiffusersPolicy
+from .prompts import noise_seed, read_prompts, split_batches, spread, unique_prompts
+from .rewards import Reward, load_reward, score
+
+EVALUATIONS, FEATURES = "evaluations", "base_features.safetensors"
+LEAST_PROMPTS = 8
+"""Fewer prompts could all change alike by chance: 2^-8 is just below the tail of the watch's intervals."""
+_HELD_OUT = {"nano": "nano_held_out", "nano_video": "nano_video_held_out"}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one evaluation measured on P prompts with S samples each.
+
+    Attributes:
+        iteration: of the weights; 0 for the base.
+        rewards: by name (P, S), NaN or infinite where a reward failed.
+        diversity: (P,) within-prompt diversity, NaN with one sample.
+        distance: (P,) mean cosine distance of a sample's feature from that of the base's sample of the same noise.
+        seconds: wall-clock time.
+    """
+
+    iteration: int
+    rewards: dict[str, Values]
+    diversity: Values
+    distance: Values
+    seconds: float
+
+    def metrics(self) -> dict[str, float]:
+        """Means for the metric lines; what no sample has is left out."""
+        values = {**self.rewards, "diversity": self.diversity, "distance": self.distance}
+        counted = {name: found[np.isfinite(found)] for name, found in values.items()}
+        means = {f"eval/{name}": float(found.mean()) for name, found in counted.items() if found.size}
+        return {**means, "eval/seconds": self.seconds}
+
+
+class HeldOut:
+    """Samples and scores the present weights, without a trace in the weights or in any random state of the training.
+
+    Args:
+        config: the run, with `watch.every` set.
+        policy: with the weights to evaluate.
+        trained: rewards that are trained on, by name.
+        source: the run's maps, whose backbone sees how alike samples are; without one, `map.backbone` is loaded.
+
+    Raises:
+        ValueError: prompts, a reward or a backbone that is not there, or too few prompts.
+    """
+
+    def __init__(
+        self, config: Config, policy: DiffusersPolicy, trained: Mapping[str, Reward], source: MapSource
+    ) -> None:
+        self.config, self.policy, watch = config, policy, config.watch
+        self.path = watch.path or _HELD_OUT.get(config.prompts.path, config.prompts.path)
+        self.prompts = spread(unique_prompts(read_prompts(self.path)), watch.prompts)
+        if len(self.prompts) < LEAST_PROMPTS:
+            raise ValueError(
+                f"watch.path: {self.path} has {len(self.prompts)} different prompts, expected at least {LEAST_PROMPTS}:"
+                " over fewer no interval means anything"
+            )
+        waits = "cpu" if config.model.offload != "none" else policy.device
+        paths, options = config.reward.paths, config.reward.options
+        with self._undisturbed():
+            self.rewards = dict(trained) | {
+                name: load_reward(name, waits, path=paths.get(name), options=options.get(name))
+                for name in watch.rewards
+            }
+            self.backbone = source.backbone or make_psm(config.map, waits).backbone
+        self._base_features: Tensor | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the values depend on besides the weights, as JSON has it."""
+        sampling, maps = self.config.sampling, self.config.map
+        found = {
+            "prompts": [[prompt.text, prompt.key] for prompt in self.prompts],
+            "seeds": self.config.watch.seeds,
+            "rewards": sorted(self.rewards),
+            "sampling": [sampling.num_inference_steps, sampling.shift, sampling.pipeline_call],
+            "backbone": [maps.backbone, maps.layer, maps.image_size],
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(found))
+        return plain
+
+    @property
+    def description(self) -> str:
+        """What is evaluated and when, in words."""
+        trained_on = {prompt.text for prompt in read_prompts(self.config.prompts.path)}
+        seen = sum(prompt.text in trained_on for prompt in self.prompts)
+        samples = f"{self.config.watch.seeds} sample{'' if self.config.watch.seeds == 1 else 's'}"
+        known = f"{seen} of them trained on" if seen else "none of them trained on"
+        return (
+            f"every {self.config.watch.every} iterations {len(self.prompts)} prompts of {self.path} ({known}) with "
+            f"{samples} each, against the base's with the same noise"
+        )
+
+    def _undisturbed(self) -> Any:
+        """Give torch's random states back as they were."""
+        device = self.policy.device
+        return torch.random.fork_rng([device] if device.type == "cuda" else [])
+
+    def measure(self, iteration: int) -> Evaluation:
+        """Sample and score the present weights; those of iteration 0 are what later ones are held against."""
+        started, seeds = time.perf_counter(), self.config.watch.seeds
+        with self._undisturbed():
+            rewards, features = self._scores()
+        if iteration == 0:
+            self._base_features = features
+        assert self._base_features is not None, "the base comes first"
+        distance = 1 - functional.cosine_similarity(features.double(), self._base_features.double(), dim=-1)
+        return Evaluation(
+            iteration,
+            {name: torch.cat(parts).double().numpy().reshape(-1, seeds) for name, parts in rewards.items()},
+            mean_pairwise_distance(features).numpy(),
+            distance.clamp_min(0).mean(1).numpy(),
+            round(time.perf_counter() - started, 2),
+        )
+
+    @torch.no_grad()
+    def _scores(self) -> tuple[dict[str, list[Tensor]], Tensor]:
+        """Rewards by name, in batches, and the samples' mean features (P, S, D)."""
+        sampling, seeds, device = self.config.sampling, self.config.watch.seeds, self.policy.device
+        entries = [prompt for prompt in self.prompts for _ in range(seeds)]
+        noise = [noise_seed(prompt, j, 0) for prompt in self.prompts for j in range(seeds)]
+        rewards: dict[str, list[Tensor]] = {name: [] for name in self.rewards}
+        features: list[Tensor] = []
+        for batch in split_batches(entries, sampling.micro_batch or BATCH):
+            texts = [entries[i].text for i in batch]
+            frames = self.policy.generate(
+                texts,
+                seeds=[noise[i] for i in batch],
+                num_inference_steps=sampling.num_inference_steps,
+                **{**sampling.pipeline_call, **entries[batch[0]].call},
+            )
+            for name, reward in self.rewards.items():
+                with visiting([reward], device, self.config.model.offload):
+                    rewards[name].append(score(reward, frames, texts).rewards.cpu())
+            with visiting([self.backbone], device, self.config.model.offload):
+                features.append(self.backbone(frames).float().mean((1, 2, 3)).cpu())
+        return rewards, torch.cat(features).unflatten(0, (-1, seeds))
+
+    def save(self, folder: Path, found: Evaluation) -> None:
+        """Write an evaluation into a run directory, with the base's also its features."""
+        record = {
+            "iteration": found.iteration,
+            "settings": self.settings,
+            "rewards": {name: _with_null(values) for name, values in found.rewards.items()},
+            "diversity": _with_null(found.diversity),
+            "distance": _with_null(found.distance),
+            "seconds": found.seconds,
+        }
+        if found.iteration == 0 and self._base_features is not None:
+            features = {"features": self._base_features}
+            write_atomically(folder / EVALUATIONS / FEATURES, lambda partial: save_file(features, partial))
+        write_atomically(_file(folder, found.iteration), json.dumps(record, allow_nan=False) + "\n")
+
+    def load_base(self, folder: Path) -> Evaluation:
+        """Read the base's evaluation back, as a resumed run needs it.
+
+        Raises:
+            ValueError: it is not there, or was made with other prompts, rewards or sampling.
+        """
+        file = _file(folder, 0)
+        if not file.is_file():
+            raise ValueError(
+                f"watch.every: {folder} has no evaluation of the base ({file.name}), its run began without; "
+                "set watch.every=null, watch.rewards=[] and watch.path=null, or start again"
+            )
+        record = json.loads(file.read_text(encoding="utf-8"))
+        changed = [name for name, value in self.settings.items() if record["settings"].get(name) != value]
+        if changed:
+            raise ValueError(
+                f"--resume: the base in {file} was evaluated with other {changed[0]}, so nothing can be held against "
+                "it; give the run's earlier settings, or start again"
+            )
+        self._base_features = load_file(file.with_name(FEATURES))["features"]
+        read = {name: np.array(values, dtype=np.float64) for name, values in record["rewards"].items()}
+        diversity, distance = (np.array(record[name], dtype=np.float64) for name in ("diversity", "distance"))
+        return Evaluation(0, read, diversity, distance, float(record["seconds"]))
+
+
+def discard_after(folder: Path, iteration: int) -> None:
+    """Remove a run's evaluations of iterations beyond `iteration`."""
+    for file in (folder / EVALUATIONS).glob("iteration_*.json"):
+        if int(file.stem.removeprefix("iteration_")) > iteration:
+            file.unlink()
+
+
+def _file(folder: Path, iteration: int) -> Path:
+    return folder / EVALUATIONS / f"iteration_{iteration:06d}.json"
+
+
+def _with_null(values: Values) -> Any:
+    """Nested lists, with None for what is not finite."""
+    plain = values.astype(object)
+    plain[~np.isfinite(values)] = None
+    return plain.tolist()
