@@ -28,7 +28,7 @@ from ..prompts import read_prompts
 from ..report import render_report
 from ..rewards import load_reward, score
 from ..runlog import CLIP_FPS, CONFIG
-from ..types import Prompt
+from ..types import Prompt, find_device
 from .measures import drift, mean_pairwise_distance
 from .record import EvalOptions, Measured, make_record, prompt_means, regression
 from .samples import SampleStore
@@ -67,7 +67,7 @@ def compare(
     check_output(output)
     prompts, repeated = _choose(contest, options)
     config = contest.config
-    device = torch.device(config.model.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(config.model.device)
     waits = "cpu" if config.model.offload != "none" else device
     named = config.reward
     rewards = {
@@ -80,12 +80,12 @@ def compare(
     def tell(stage: str) -> Callable[[int], None]:
         return lambda done: progress(stage, done, len(store.entries), "")
 
-    for side in (contest.base, contest.trained):
+    for side in (contest.trained, contest.base):  # an adapter that does not fit is found before a sample is written
         store.make(side, tell(f"sample {side.name}"))
     scores: dict[str, dict[str, Values]] = {}
     for name, reward in rewards.items():
         with visiting([reward], device, config.model.offload):
-            scores[name] = _scores(store, contest, reward, device, tell(name))
+            scores[name] = _scores(store, contest, (name, reward), device, tell(name))
     with visiting([source.backbone], device, config.model.offload):
         diversity, changes = _looks(store, contest, source, device, tell("diversity, drift"))
     record = make_record(contest, options, prompts, repeated, Measured(scores, diversity, changes))
@@ -132,18 +132,19 @@ def _choose(contest: Contest, options: EvalOptions) -> tuple[list[Prompt], int]:
 
 
 def _scores(
-    store: SampleStore, contest: Contest, reward: Any, device: torch.device, on_done: Callable[[int], None]
+    store: SampleStore, contest: Contest, named: tuple[str, Any], device: torch.device, on_done: Callable[[int], None]
 ) -> dict[str, Values]:
-    """One reward of both sides, (P, S) each; NaN or infinite where it failed."""
+    """One reward (its name, itself) of both sides, (P, S) each; NaN or infinite where it failed."""
+    name, reward = named
     values: dict[str, list[Tensor]] = {"base": [], "trained": []}
     done = 0
     for batch in store.batches:
         texts = [store.entries[position].text for position in batch]
         for side in (contest.base, contest.trained):
-            values[side.name].append(score(reward, store.read(side, batch).to(device), texts).rewards.cpu())
+            values[side.name].append(score(reward, store.read(side, batch).to(device), texts, name).rewards.cpu())
         done += len(batch)
         on_done(done)
-    return {name: torch.cat(parts).double().numpy().reshape(-1, store.seeds) for name, parts in values.items()}
+    return {side: torch.cat(parts).double().numpy().reshape(-1, store.seeds) for side, parts in values.items()}
 
 
 def _looks(
