@@ -6,6 +6,7 @@ Every field has its meaning, unit and default here; `vipo train --help` prints t
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -377,7 +378,7 @@ def _describe(error: Any) -> str:
     return (
         message
         if not key or named
-        else f"{key}: {message.replace('input should be', 'expected')}, got {error['input']!r}"
+        else f"{key}: {message.replace('input should be', 'expected')}, got {reprlib.repr(error['input'])}"
     )
 
 
