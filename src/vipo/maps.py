@@ -176,8 +176,8 @@ class MaskFile:
     """Masks or boxes per prompt, from a JSON-lines file.
 
     One line per prompt: `{"prompt": "...", "mask": "cat.png"}`, a picture (white = subject), a .npy array (h, w) or
-    (F, h, w), or a video of F frames, below the file's folder, with its path relative to it; or `{"prompt": "...", "boxes": [[left, top,
-    right, bottom], ...]}` in fractions of the frame.
+    (F, h, w), or a video of F frames, below the file's folder, with its path relative to it; or `{"prompt": "...",
+    "boxes": [[left, top, right, bottom], ...]}` in fractions of the frame.
 
     Raises:
         ValueError: no such file, or a line that is neither.

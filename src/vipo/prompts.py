@@ -36,9 +36,9 @@ def read_prompts(path: str) -> list[Prompt]:
 
     A text file has one prompt per line. A .jsonl file has one JSON object per line: `prompt`, and any keywords of the
     pipeline's call for this prompt (`negative_prompt`, `height`, `num_frames`, ...). What a key ending in image or
-    video names is a file below the prompt file's folder, its path relative to it, and is handed to the pipeline as pictures; `images`, a
-    list of files, becomes the keyword `image`. A .json, .csv or .tsv file, and a .jsonl file of GenEval, is a published
-    prompt set: see `prompt_sets`.
+    video names is a file below the prompt file's folder, its path relative to it, and is handed to the pipeline as
+    pictures; `images`, a list of files, becomes the keyword `image`. A .json, .csv or .tsv file, and a .jsonl file of
+    GenEval, is a published prompt set: see `prompt_sets`.
 
     Raises:
         ValueError: the file is missing, empty, not UTF-8, not JSON lines, or names pictures that cannot be read.
