@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -72,7 +73,7 @@ def load_checkpoint(path: Path, policy: DiffusersPolicy, optimizer: torch.optim.
     try:
         state = json.loads((path / "state.json").read_text())
         tensors = load_file(path / "state.safetensors")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"--resume: cannot read checkpoint {path}: {error}") from error
     parameters = policy.trainable_parameters()
     if policy.lora:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from . import __version__
 from .console import progress_bars, reporter, typed_command
@@ -50,10 +50,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"vipo: error: {message}; see {self.prog} --help\n")
+
+
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="vipo", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(prog="vipo", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"vipo {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
@@ -411,12 +416,11 @@ def _serve_reward(options: argparse.Namespace) -> int:
         from .rewards.serve import Limits, listen, make_app, run
     except ModuleNotFoundError as error:
         raise ValueError(f"vipo serve-reward needs {error.name}: pip install 'vipo[serve]'") from error
-    import torch
-
     from .rewards import load_reward
     from .rewards.endpoint import read_token
+    from .types import find_device
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device(options.device)
     token = None if options.token_env is None else read_token(options.token_env)
     reward = load_reward(options.name, device)
     app = make_app(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ def describe(error: Any, keys: Sequence[str]) -> str:
     return (
         message
         if not key or named
-        else f"{key}: {message.replace('input should be', 'expected')}, got {error['input']!r}"
+        else f"{key}: {message.replace('input should be', 'expected')}, got {reprlib.repr(error['input'])}"
     )
 
 

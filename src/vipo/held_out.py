@@ -162,7 +162,7 @@ class HeldOut:
             )
             for name, reward in self.rewards.items():
                 with visiting([reward], device, self.config.model.offload):
-                    rewards[name].append(score(reward, frames, texts).rewards.cpu())
+                    rewards[name].append(score(reward, frames, texts, name).rewards.cpu())
             with visiting([self.backbone], device, self.config.model.offload):
                 features.append(self.backbone(frames).float().mean((1, 2, 3)).cpu())
         return rewards, torch.cat(features).unflatten(0, (-1, seeds))

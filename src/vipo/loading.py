@@ -12,6 +12,7 @@ from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from .files import require_safetensors
 from .nano import resolve
 
 CALL_FILE = "vipo.json"
@@ -69,7 +70,9 @@ def load_lora(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module], fold
             pipeline.load_lora_weights(folder, weight_name=file.name, **more)
         except (ValueError, RuntimeError, OSError, AttributeError, SafetensorError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"lora: {file} does not fit {type(pipeline).__name__}: {reason}") from error
+            raise ValueError(
+                f"lora: {file} does not fit {type(pipeline).__name__}: {reason}; is it of another model?"
+            ) from error
     loaded = len(_adapter_tensors(pipeline)) - len(before)
     if loaded == 0 or loaded < expected:  # diffusers only warns of what it leaves out
         raise ValueError(
@@ -97,6 +100,7 @@ def pipeline_folder(name: str | Path) -> Path:
     """
     path, local = _locate(name)
     if local:
+        read_index(Path(path))
         return Path(path)
     try:
         return Path(DiffusionPipeline.download(path, use_safetensors=True))
@@ -116,8 +120,40 @@ def _locate(name: str | Path) -> tuple[str, bool]:
     return path, local
 
 
+def read_index(folder: Path) -> dict[str, Any]:
+    """Read the model_index.json of a pipeline's folder.
+
+    Raises:
+        ValueError: it is none, or a component brings code of its own or has no weights in safetensors.
+    """
+    index = _read_mapping(folder / "model_index.json")
+    for name, entry in index.items():
+        library = entry[0] if isinstance(entry, list) and len(entry) == 2 else None
+        foreign = isinstance(library, str) and (folder / name / f"{library}.py").is_file()
+        if foreign or (name == "_class_name" and not isinstance(entry, str)):
+            raise ValueError(
+                f"pipeline: {folder} brings code of its own ({name}: {entry}), which is never run; give a pipeline of "
+                "diffusers, or build the object yourself and hand it to vipo.DiffusersPolicy"
+            )
+        if library is not None:
+            require_safetensors("pipeline", folder / name)
+    if "_class_name" not in index:
+        raise ValueError(f"pipeline: {folder / 'model_index.json'} names no _class_name; is the folder complete?")
+    return index
+
+
+def _read_mapping(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"pipeline: {file} is not JSON: {error}; is the folder complete?") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"pipeline: {file}: expected a mapping, got {type(found).__name__}; is the folder complete?")
+    return found
+
+
 def _not_loadable(path: str, local: bool, error: Exception) -> ValueError:
-    reason = str(error).strip().splitlines()[0].split(" (")[0]
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].split(" (")[0]
     fix = "is the folder complete?" if local else "check the name, your access and the network, or give a local folder"
     return ValueError(f"pipeline: cannot load {path}: {reason}; {fix}")
 
@@ -130,14 +166,16 @@ def load_pipeline(name: str | Path, dtype: torch.dtype | None = None) -> tuple[D
     """
     path, local = _locate(name)
     folder = Path(path)
-    index = json.loads((folder / "model_index.json").read_text()) if local else {}
+    index = read_index(folder) if local else {}
     absent = {name: None for name, entry in index.items() if entry == [None, None]}  # such as SD3's T5
     try:
         pipeline = DiffusionPipeline.from_pretrained(
             path, dtype=dtype or torch.float32, use_safetensors=True, local_files_only=local, **absent
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:
         raise _not_loadable(path, local, error) from error
     settings = folder / CALL_FILE
-    call = json.loads(settings.read_text())["call"] if local and settings.is_file() else {}
+    call = _read_mapping(settings).get("call") if local and settings.is_file() else {}
+    if not isinstance(call, dict):
+        raise ValueError(f'pipeline: {settings}: expected {{"call": {{keyword: value}}}}, got {call!r}')
     return pipeline, call

@@ -6,6 +6,7 @@ grid in the same way, and a control may then replace them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
@@ -18,8 +19,9 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from .config import MapConfig
+from .files import path_below
 from .media import read_frames
-from .named import import_function
+from .named import calling, import_function
 from .psm import LatentAllocation, PerceptualStructuring, control_maps, map_statistics
 from .types import check_shape
 
@@ -146,7 +148,8 @@ class MapSource:
     def _values(self, frames: Tensor, prompts: Sequence[str], credit: Tensor | None) -> Tensor:
         """The maps per frame of a source other than the PSM, checked."""
         if self.frame_maps is not None:
-            credit = self.frame_maps(frames, prompts)
+            with calling(f"map.source {self.source!r}") if ":" in self.source else contextlib.nullcontext():
+                credit = self.frame_maps(frames, prompts)
         elif credit is None:
             raise ValueError(
                 "map.source=reward: the reward returned scores only; return (scores (N,), credit (N, F, h, w)) or set "
@@ -218,8 +221,8 @@ class MaskFile:
     """Masks or boxes per prompt, from a JSON-lines file.
 
     One line per prompt: `{"prompt": "...", "mask": "cat.png"}`, a picture (white = subject), a .npy array (h, w) or
-    (F, h, w), or a video of F frames, with its path relative to the file; or `{"prompt": "...", "boxes": [[left, top,
-    right, bottom], ...]}` in fractions of the frame.
+    (F, h, w), or a video of F frames, below the file's folder, with its path relative to it; or `{"prompt": "...",
+    "boxes": [[left, top, right, bottom], ...]}` in fractions of the frame.
 
     Raises:
         ValueError: no such file, or a line that is neither.
@@ -242,7 +245,7 @@ class MaskFile:
     def _parse(self, line: str, number: int) -> dict[str, Any]:
         try:
             entry: Any = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"map.path: {self.path} line {number} is not JSON: {error}") from None
         named = isinstance(entry, dict) and isinstance(entry.get("prompt"), str)
         if not named or isinstance(entry.get("mask"), str) == isinstance(entry.get("boxes"), list):
@@ -267,9 +270,7 @@ class MaskFile:
             raise ValueError(f"map.path: {self.path} has no entry for {len(missing)} prompts, first {missing[0]!r}")
         for prompt in dict.fromkeys(prompts):
             entry = self.entries[prompt]
-            mask = (
-                _coverage(entry["boxes"], (64, 64)) if "boxes" in entry else read_mask(self.path.parent / entry["mask"])
-            )
+            mask = _coverage(entry["boxes"], (64, 64)) if "boxes" in entry else self._read(entry["mask"])
             if mask.amin() == mask.amax():
                 raise ValueError(
                     f"map.path: {self.path}: the mask of {prompt!r} is {float(mask.amax()):.3g} everywhere: it says "
@@ -282,12 +283,18 @@ class MaskFile:
         masks = {prompt: self._mask(prompt, count, size) for prompt in dict.fromkeys(prompts)}
         return torch.stack([masks[prompt] for prompt in prompts])
 
+    def _read(self, name: str) -> Tensor:
+        try:
+            return read_mask(path_below(self.path.parent, name))
+        except ValueError as error:
+            raise ValueError(f"map.path: {self.path}: {error}") from None
+
     def _mask(self, prompt: str, count: int, size: tuple[int, int]) -> Tensor:
         """One prompt's mask, (F, Y, X)."""
         entry = self.entries[prompt]
         if "boxes" in entry:
             return _coverage(entry["boxes"], size).expand(count, *size)
-        mask = read_mask(self.path.parent / entry["mask"])
+        mask = self._read(entry["mask"])
         if len(mask) not in (1, count):
             raise ValueError(
                 f"map.path: {self.path}: the mask of {prompt!r} has {len(mask)} frames, expected 1 or {count}"

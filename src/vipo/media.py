@@ -34,6 +34,8 @@ _BT709 = 1  # FFmpeg's number for the matrix, the primaries and the transfer cur
 _LIMITED = 1  # FFmpeg's number for luma in 16..235
 LOSSLESS_SIDE = 256
 """Pixels of the longer side up to which an animation is written without loss."""
+_CONTAINERS = {"format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi"}
+"""FFmpeg goes by a file's content: a play list called clip.mp4 would make it read the files that the list names."""
 _DURATION = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 Result = TypeVar("Result")
 # What Pillow's decoders raise on damaged files; SyntaxError is what its PNG and TIFF readers call a broken header.
@@ -88,7 +90,7 @@ def read_fps(path: Path) -> float | None:
         duration = _with_pillow(path, _first_duration)
         return 1000 / float(duration) if duration else None
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), options=_CONTAINERS) as container:
             rate = container.streams.video[0].average_rate if container.streams.video else None
     except av.FFmpegError as error:
         raise _unreadable(path, error.strerror or str(error)) from error
@@ -299,7 +301,7 @@ def _rgb(image: Image.Image) -> NDArray[Any]:
 def _read_video(path: Path, max_frames: int | None) -> list[NDArray[Any]]:
     pictures: list[NDArray[Any]] = []
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), options=_CONTAINERS) as container:
             if not container.streams.video:
                 raise ValueError(f"{path}: holds no video stream")
             stream = container.streams.video[0]

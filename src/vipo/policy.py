@@ -25,7 +25,7 @@ from .losses import reference_kl
 from .offload import IdleParts, Offload
 from .scheduler import Recording, SamplerSettings, Scoring, Transition, require_all_steps, stochastic_scheduler
 from .trainable import Training, prepare_training
-from .types import Trajectory
+from .types import Trajectory, find_device
 
 OnStep = Callable[..., None]
 
@@ -78,9 +78,7 @@ class DiffusersPolicy:
         device: str | torch.device | None = None,
         shard: Callable[[nn.Module, torch.device], None] | None = None,
     ) -> None:
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if self.device.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"device: {self.device} was asked for, but this torch sees no CUDA device; use cpu")
+        self.device = find_device(device)
         self.call_defaults: dict[str, Any] = {}
         if isinstance(pipeline, DiffusionPipeline):
             self.pipeline = pipeline

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .files import path_below
 from .media import read_frames, to_image
 from .nano import ASSETS
 from .prompt_sets import kind_of, read_prompt_set, read_text
@@ -25,6 +26,8 @@ EMBEDDED = {
     "motion": _OWN / "motion.txt",
 }
 """Prompt files of the package by name."""
+LONGEST = 20_000
+"""Characters of a prompt; no text encoder reads as many."""
 _SEED_RANGE = 2**31 - 1
 _RESERVED = ("num_inference_steps", "generator", "latents", "output_type", "num_images_per_prompt")
 
@@ -34,14 +37,33 @@ def read_prompts(path: str) -> list[Prompt]:
 
     A text file has one prompt per line. A .jsonl file has one JSON object per line: `prompt`, and any keywords of the
     pipeline's call for this prompt (`negative_prompt`, `height`, `num_frames`, ...). What a key ending in image or
-    video names is a file, its path relative to the prompt file, and is handed to the pipeline as pictures; `images`, a
-    list of files, becomes the keyword `image`. A .json, .csv or .tsv file, and a .jsonl file of GenEval, is a published
-    prompt set: see `prompt_sets`.
+    video names is a file below the prompt file's folder, its path relative to it, and is handed to the pipeline as
+    pictures; `images`, a list of files, becomes the keyword `image`. A .json, .csv or .tsv file, and a .jsonl file of
+    GenEval, is a published prompt set: see `prompt_sets`.
 
     Raises:
         ValueError: the file is missing, empty, not UTF-8, not JSON lines, or names pictures that cannot be read.
     """
     file = EMBEDDED.get(path, Path(path))
+    prompts = _read(file)
+    for number, prompt in enumerate(prompts, 1):
+        problem = _problem(prompt.text)
+        if problem:
+            raise ValueError(f"prompts.path: {file}: prompt {number} {problem}")
+    return prompts
+
+
+def _problem(text: str) -> str:
+    """What makes a text no prompt, or nothing."""
+    if len(text) > LONGEST:
+        return f"has {len(text)} characters, expected at most {LONGEST}; is this a file of prompts?"
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        return "holds half a character (a surrogate), which UTF-8 cannot write; mend it"
+    return ""
+
+
+def _read(file: Path) -> list[Prompt]:
+    """Read a prompt file of any kind."""
     if file.suffix.lower() in (".json", ".csv", ".tsv"):
         return read_prompt_set(file)
     text = read_text(file)
@@ -60,7 +82,9 @@ def _entry(file: Path, number: int, line: str) -> Prompt:
     place = f"prompts.path: {file} line {number}"
     try:
         entry: Any = json.loads(line)
-    except json.JSONDecodeError as error:
+    except RecursionError:
+        raise ValueError(f"{place} is not JSON: nested too deep") from None
+    except ValueError as error:
         raise ValueError(f"{place} is not JSON: {error}") from None
     if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
         raise ValueError(f'{place}: expected {{"prompt": "...", further keywords}}, got {line[:80]}')
@@ -79,7 +103,7 @@ def _entry(file: Path, number: int, line: str) -> Prompt:
         if not names or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{place}: {key}: expected a file name or a list of them, got {value!r}")
         try:
-            pictures = [[to_image(frame) for frame in read_frames(file.parent / name)] for name in names]
+            pictures = [[to_image(frame) for frame in read_frames(path_below(file.parent, name))] for name in names]
         except ValueError as error:
             raise ValueError(f"{place}: {key}: {error}") from None
         if key.endswith("video"):

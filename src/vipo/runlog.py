@@ -34,8 +34,9 @@ def check_output(folder: Path, *, resume: bool = False, overwrite: bool = False)
         ValueError: the folder holds a run already, holds something else, or holds no run to resume.
     """
     holds_run = (folder / CONFIG).is_file()
-    if folder.is_file():
-        raise ValueError(f"run.output: {folder} is a file, expected a folder")
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir():
+        raise ValueError(f"run.output: {parent} is a file, expected a folder")
     if resume and overwrite:
         raise ValueError("--resume and --overwrite: give one of them")
     if resume and not holds_run:
@@ -46,7 +47,6 @@ def check_output(folder: Path, *, resume: bool = False, overwrite: bool = False)
         )
     if folder.is_dir() and not holds_run and any(folder.iterdir()):
         raise ValueError(f"run.output: {folder} is not empty and holds no run; give another --run.output")
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(parent, os.W_OK):
         raise ValueError(f"run.output: cannot write to {parent}; give another --run.output")
 

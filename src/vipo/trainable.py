@@ -56,6 +56,9 @@ def _prepare(pipeline: DiffusionPipeline, denoiser: nn.Module, train: Training) 
         for owner, method in ((denoiser, "add_adapter"), (pipeline, "save_lora_weights")):
             if method not in dir(owner):
                 raise ValueError(f"train: diffusers has no LoRA here ({type(owner).__name__}: {method}); use full")
-        denoiser.add_adapter(train)  # type: ignore[operator]
+        try:
+            denoiser.add_adapter(train)  # type: ignore[operator]
+        except ValueError as error:  # no layer of that name
+            raise ValueError(f"model.lora_targets: {error}") from None
     cast_training_params(denoiser, dtype=torch.float32)
     return "lora" if isinstance(train, LoraConfig) else train

@@ -62,6 +62,23 @@ def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}{hint}")
 
 
+def find_device(name: str | torch.device | None) -> torch.device:
+    """Return a torch device that this machine has; None = cuda where there is one, else cpu.
+
+    Raises:
+        ValueError: no such device, or none that holds values.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        present = device.type != "meta" and torch.empty(0, device=device).numel() == 0
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):  # AssertionError: a torch without CUDA
+        present = False
+    if not present:
+        found = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
+        raise ValueError(f"device: {str(name)!r} is not to be had by this torch here; expected one of {found}")
+    return device
+
+
 @dataclass(frozen=True)
 class Prompt:
     """One entry of a prompt file.

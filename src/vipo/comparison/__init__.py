@@ -29,7 +29,7 @@ from ..prompts import read_prompts, spread, unique_prompts
 from ..report import render_report
 from ..rewards import Reward, load_rewards, score, sharing
 from ..runlog import CLIP_FPS, CONFIG
-from ..types import Prompt
+from ..types import Prompt, find_device
 from .record import EvalOptions, Measured, make_record, prompt_means, regression
 from .samples import SampleStore
 from .sides import Contest
@@ -67,7 +67,7 @@ def compare(
     check_output(output)
     prompts, repeated = _choose(contest, options)
     config = contest.config
-    device = torch.device(config.model.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = find_device(config.model.device)
     waits = "cpu" if config.model.offload != "none" else device
     named = config.reward
     rewards = load_rewards(list(named.weights), waits, named.paths, named.options)
@@ -77,7 +77,7 @@ def compare(
     def tell(stage: str) -> Callable[[int], None]:
         return lambda done: progress(stage, done, len(store.entries), "")
 
-    for side in (contest.base, contest.trained):
+    for side in (contest.trained, contest.base):  # an adapter that does not fit is found before a sample is written
         store.make(side, tell(f"sample {side.name}"))
     scores: dict[str, dict[str, Values]] = {}
     for names in sharing(rewards):
@@ -141,7 +141,7 @@ def _scores(
         for side in (contest.base, contest.trained):
             frames = store.read(side, batch).to(device)
             for name, reward in rewards.items():
-                values[name][side.name].append(score(reward, frames, texts).rewards.cpu())
+                values[name][side.name].append(score(reward, frames, texts, name).rewards.cpu())
         done += len(batch)
         on_done(done)
     return {

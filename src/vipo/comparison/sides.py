@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import diffusers
 
 from ..checkpoint import list_checkpoints
 from ..config import Config
-from ..loading import load_lora, pipeline_folder
+from ..loading import load_lora, pipeline_folder, read_index
 from ..named import apply_overrides
 from ..policy import DiffusersPolicy
 from ..runlog import CONFIG
@@ -178,7 +177,7 @@ def fingerprint(folder: Path) -> str:
 
 def _own_sampling(folder: Path) -> dict[str, Any]:
     """What a pipeline's call does by default: its steps, its own guidance, and the kernel that fits its schedule."""
-    index = json.loads((folder / "model_index.json").read_text())
+    index = read_index(folder)
     pipeline = getattr(diffusers, index["_class_name"], None)
     if pipeline is None or "scheduler" not in index:
         raise ValueError(f"--model: diffusers has no pipeline {index['_class_name']} with a scheduler; cannot drive it")

@@ -37,7 +37,7 @@ from vipo.pictures import Block, cell_size, component_pictures, draw_sheet, over
 from vipo.psm import CONTROLS, ORIENTATIONS, BackboneError, PerceptualStructuring, control_maps, map_statistics
 from vipo.psm.agreement import agreement
 from vipo.psm.latent_grid import spread_time
-from vipo.types import check_choice
+from vipo.types import check_choice, find_device
 
 FPS = 8.0
 """Of a clip whose file states no rate."""
@@ -216,7 +216,7 @@ class Inspector:
 
     def __init__(self, config: MapConfig, options: InspectOptions) -> None:
         self.config, self.options = config, options
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = find_device(options.device)
         names = dict.fromkeys([config.backbone, *options.backbones])
         self.psms = {name: make_psm(config.model_copy(update={"backbone": name}), device) for name in names}
         self.rules = list(dict.fromkeys([config.orientation, *options.orientations]))

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.video_processing_utils import BaseVideoProcessor
 
+from vipo.files import require_safetensors
 from vipo.psm.families import FAMILIES, IMAGENET, MODEL_TYPES, TOWERS
 from vipo.types import check_choice, check_shape
 
@@ -260,16 +261,26 @@ def _load_model(name: str) -> PreTrainedModel:
     """Load a vision model in float32 from a folder or the hub; every failure is a ValueError that names the fix."""
     fix = 'give a folder written by save_pretrained, a hub id such as "facebook/dinov2-base", or "nano"'
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"backbone {name!r}: no readable model config ({first_line(error)}); {fix}") from error
+        reason = first_line(error)
+        if "custom code" in reason:
+            reason = "it brings code of its own, which is never run"
+        raise ValueError(f"backbone {name!r}: no readable model config ({reason}); {fix}") from error
     check_choice(f"model type of backbone {name!r}", config.model_type, MODEL_TYPES)
+    require_safetensors(f"backbone {name!r}", Path(name))
     tower = TOWERS.get(config.model_type)
     key_mapping = {rf"^{tower}\.": ""} if tower else None
     config = config if tower is None else config.vision_config
     try:
         model, loading = AutoModel.from_pretrained(
-            name, config=config, dtype=torch.float32, key_mapping=key_mapping, output_loading_info=True
+            name,
+            config=config,
+            dtype=torch.float32,
+            key_mapping=key_mapping,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"backbone {name!r}: weights not loadable ({first_line(error)}); {fix}") from error

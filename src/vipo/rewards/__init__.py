@@ -5,6 +5,8 @@ Named ones are in REWARDS; `package.module:function` names anybody's own.
 
 from __future__ import annotations
 
+import contextlib
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib import import_module
@@ -15,7 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..named import import_function
+from ..named import calling, import_function
 from ..types import check_shape
 from .judge import JudgeReward as JudgeReward
 from .preference import ClipPreference as ClipPreference
@@ -197,18 +199,30 @@ def sharing(rewards: Mapping[str, Reward]) -> list[list[str]]:
 
 
 @torch.no_grad()
-def score(reward: Reward, frames: Tensor, prompts: Sequence[str]) -> Scores:
+def score(reward: Reward, frames: Tensor, prompts: Sequence[str], name: str = "") -> Scores:
     """Apply a reward and check what comes back, on the frames' device; the rewards may not be finite.
 
+    Args:
+        reward: the scorer.
+        frames: (N, F, 3, Y, X), in [0, 1].
+        prompts: N.
+        name: "package.module:function" of a user's reward, for the error when it raises.
+
     Raises:
-        ValueError: the reward returned anything but N numbers, or these and a credit map (N, F, h, w).
+        ValueError: the reward returned anything but N numbers, or these and a credit map (N, F, h, w), or a user's
+            reward raised.
     """
     sizes = check_shape("frames", frames, "N F 3 Y X", {"N": len(prompts)})
-    found = reward(frames, prompts)
-    values, credit = found if isinstance(found, tuple) else (found, None)
-    rewards = torch.as_tensor(values)
-    if tuple(rewards.shape) != (len(prompts),):
-        raise ValueError(f"reward: expected one number per sample, shape ({len(prompts)},), got {tuple(rewards.shape)}")
+    with calling(f"reward {name!r}") if ":" in name else contextlib.nullcontext():
+        found = reward(frames, prompts)
+    values, credit = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    expected = f"reward: expected one number per sample, shape ({len(prompts)},), got"
+    try:
+        rewards = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{expected} {type(values).__name__} {reprlib.repr(values)}") from None
+    if tuple(rewards.shape) != (len(prompts),) or rewards.is_complex():
+        raise ValueError(f"{expected} {tuple(rewards.shape)} of {rewards.dtype}")
     if credit is not None:
         credit = torch.as_tensor(credit)
         check_shape("reward's credit map", credit, "N F h w", {"N": sizes["N"], "F": sizes["F"]})

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..files import require_safetensors
 from ..psm.backbones import first_line, pixel_statistics
 from ..psm.families import FAMILIES
 from ..types import check_choice, check_shape
@@ -276,10 +277,15 @@ def load_geneval(
     scenes = read_scenes(path)
     coloured = any(item.colour for scene in scenes.values() for item in scene.include)
     try:
-        config = AutoConfig.from_pretrained(detector)
+        config = AutoConfig.from_pretrained(detector, trust_remote_code=False)
+        require_safetensors("geneval", Path(detector))
         check_choice(f"model type of the detector {detector!r}", config.model_type, ("owlv2", "owlvit"))
         model, loading = AutoModelForZeroShotObjectDetection.from_pretrained(
-            detector, dtype=DTYPES[dtype], use_safetensors=True, output_loading_info=True
+            detector,
+            dtype=DTYPES[dtype],
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"geneval: cannot load a detector from {detector}: {first_line(error)}") from error

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import re
 import time
 import urllib.error
 import urllib.request
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -25,6 +26,8 @@ MAX_REPLY = 16 * 2**20
 MAX_DELAY = 30.0
 """Seconds of the longest pause between two attempts."""
 _SHOWN = 300  # characters of a server's words that an error repeats
+_SECRET = re.compile("key|token|secret|passw|pwd|auth|sig|credential", re.IGNORECASE)
+_VARIABLE = re.compile("[A-Z_][A-Z0-9_]*")
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Answer = TypeVar("Answer", bound=BaseModel)
@@ -70,6 +73,9 @@ class Endpoint:
             known = False
         if not known or " " in self.url or not self.url.isascii() or not self.url.isprintable():
             raise ValueError(f"url: expected http(s)://host[:port]/path without blanks, got {self.place!r}")
+        secret = [key for key, _ in parse_qsl(parts.query, keep_blank_values=True) if _SECRET.search(key)]
+        if secret:  # the address is written into the run's config.yaml
+            raise ValueError(f"url: {secret[0]!r} reads like a secret; name a variable that holds it in token_env")
         if not 0 < self.timeout < math.inf or not 0 <= self.backoff < math.inf:
             raise ValueError(f"expected timeout > 0 and backoff >= 0, got {self.timeout} and {self.backoff}")
         if self.retries < 0 or self.concurrency < 1:
@@ -112,7 +118,9 @@ class Endpoint:
                 reason = str(error)
             if attempt < self.retries:
                 time.sleep(min(self.backoff * 2**attempt, MAX_DELAY) * chance.uniform(0.5, 1))
-        raise ConnectionError(f"{self.place}: no answer in {self.retries + 1} attempts; the last: {reason}")
+        raise ConnectionError(
+            f"{self.place}: no answer in {self.retries + 1} attempts; the last: {reason}; is the server running there?"
+        )
 
     def _attempt(self, body: bytes, token: str | None) -> bytes:
         """Send the request once and return the body of a 2xx reply."""
@@ -158,8 +166,15 @@ class Endpoint:
 def read_token(variable: str) -> str:
     """Return the token in an environment variable; ValueError names the variable, never what is in it."""
     token = os.environ.get(variable, "").strip()
+    if not token and not _VARIABLE.fullmatch(variable):
+        raise ValueError(
+            "token_env: expected the name of an environment variable, such as REWARD_TOKEN, got something else, not "
+            "shown: it may be the token itself"
+        )
     if not token:
-        raise ValueError(f"token_env: the environment variable {variable} is not set or empty")
+        raise ValueError(
+            f"token_env: the environment variable {variable} is not set or empty; export {variable}=... before the run"
+        )
     if not token.isascii() or not token.isprintable() or " " in token:
         raise ValueError(f"token_env: {variable} holds blanks or characters that no HTTP header may carry")
     return token

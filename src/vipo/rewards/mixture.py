@@ -34,7 +34,7 @@ class RewardMixture:
         Raises:
             ValueError: a reward returned something else, or several returned a credit map.
         """
-        found = {name: score(reward, frames, prompts) for name, reward in self.rewards.items()}
+        found = {name: score(reward, frames, prompts, name) for name, reward in self.rewards.items()}
         credits = {name: scores.credit for name, scores in found.items() if scores.credit is not None}
         if len(credits) > 1:
             raise ValueError(f"reward: expected a credit map of one reward at most, got {', '.join(credits)}")

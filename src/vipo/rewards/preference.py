@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import CLIPModel, PreTrainedTokenizerBase
 
+from ..files import require_safetensors
 from ..nano import resolve
 from ..psm.backbones import first_line, pixel_statistics
 from ..psm.families import FAMILIES
@@ -99,7 +100,10 @@ class ClipPreference(nn.Module):
         try:
             model = _load_clip(path, DTYPES[dtype])
         except (OSError, ValueError, SafetensorError) as error:
-            raise ValueError(f"reward: cannot load a CLIP model from {path}: {first_line(error)}") from error
+            reason = first_line(error).removeprefix("reward: ")
+            raise ValueError(
+                f"reward: cannot load a CLIP model from {path}: {reason}; is the folder complete?"
+            ) from error
         default = FAMILIES["clip_vision_model"].statistics
         mean, std = pixel_statistics(str(path), default) if path.is_dir() else default
         tokenizer = load_tokenizer(path, _TOKENIZER)
@@ -157,6 +161,7 @@ def _load_clip(path: Path, dtype: torch.dtype) -> CLIPModel:
     """Load a CLIPModel from its own folder, or from open_clip's weights."""
     config = path / "config.json"
     if path.is_dir() and config.is_file() and read_json(config).get("model_type") == "clip":
+        require_safetensors("reward", path)
         loaded: Any = CLIPModel.from_pretrained(str(path), dtype=dtype, use_safetensors=True, output_loading_info=True)
         model: CLIPModel = loaded[0]
         check_complete(loaded[1], "CLIPModel", path, exact=False)  # old ones hold position ids, which are derived now

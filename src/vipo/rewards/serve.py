@@ -90,7 +90,13 @@ def listen(host: str, port: int) -> socket.socket:
     """Bind a TCP port, any free one for 0; OSError says why it cannot be had."""
     if not 0 <= port <= 65535:
         raise ValueError(f"--port: expected 0 to 65535, got {port}")
-    return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise OSError(
+            f"cannot listen on {host}, port {port}: {error.strerror}; --host takes an address of this machine, "
+            "--port a free port, or 0 for any"
+        ) from error
 
 
 def run(app: FastAPI, bound: socket.socket) -> None:

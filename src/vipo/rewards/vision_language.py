@@ -320,7 +320,7 @@ def _load_model(weights: dict[str, Tensor], base: str, path: str | Path, dtype: 
     """Build a Qwen2VLModel with the weights of a reward model; its vocabulary is as large as its embedding."""
     check_choice("dtype", dtype, DTYPES)
     try:
-        config: Any = AutoConfig.from_pretrained(base)
+        config: Any = AutoConfig.from_pretrained(base, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"reward: no readable config in {base}: {first_line(error)}") from error
     if not isinstance(config, Qwen2VLConfig):

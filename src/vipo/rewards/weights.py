@@ -146,7 +146,7 @@ def load_tokenizer(path: str | Path, fallback: str) -> PreTrainedTokenizerBase:
     beside = sorted(place.rglob("tokenizer_config.json")) if place.is_dir() else []
     source = beside[0].parent if beside else Path(fallback)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(source))
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"reward: no tokenizer in {path}, and none loadable from {source}: {first_line(error)}"
