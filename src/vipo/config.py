@@ -268,6 +268,12 @@ class OptimizerConfig(Section):
     """The gradient is scaled down to this norm."""
     updates_per_rollout: Positive = 1
     """Optimizer steps per rollout: the trained steps are shuffled and split between them. 1 is on-policy."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Iterations over which the learning rate rises to its value, linearly from 1 / warmup of it."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Of the learning rate after the warm-up: constant, or falling towards 0 at the end of run.iterations."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay per optimizer step of an average of the trained weights, saved as weights_ema; null for none."""
     step_fraction: Fraction = 0.6
     """Share of the stochastic steps that are trained, drawn anew per iteration. The ViPO paper: 0.6."""
 
@@ -285,6 +291,8 @@ class RunConfig(Section):
     """Iterations between checkpoints; the last iteration is always saved."""
     keep: Positive = 2
     """Newest checkpoints kept."""
+    keep_best: bool = True
+    """Keep also the checkpoint with the highest mean training reward over the save_every iterations before it."""
     sample_every: Positive = 10
     """Iterations between saved pictures of samples and maps."""
     tensorboard: bool = True
