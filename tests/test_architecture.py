@@ -8,7 +8,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "vipo"
 FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = [
-    {"types", "files", "windows", "named", "nano", "console"},
+    {"types", "files", "windows", "named", "nano", "console", "interrupt", "versions"},
     {
         "kernels",
         "advantages",
@@ -22,10 +22,16 @@ LAYERS = [
         "media",
         "offload",
         "trainable",
+        "lock",
+        "manifest",
+        "rng",
+        "ema",
+        "schedule",
+        "changes",
     },
     {"scheduler", "pipelines", "rewards", "maps", "pictures"},
     {"policy"},
-    {"checkpoint", "runlog", "evaluation", "report"},
+    {"checkpoint", "runlog", "session", "evaluation", "report"},
     {"trainer"},
     {"preflight", "signal", "demo_kinds", "inspection", "comparison"},
     {"demo"},

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import logging
-import platform
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
-import diffusers
 import torch
-import transformers
 from peft import LoraConfig
 from torch import Tensor
 
-from . import __version__
 from .advantages import pixel_advantages, weighted_advantages
-from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import Config
+from .ema import WeightAverage
 from .losses import LossStats, policy_loss
 from .maps import MapSource
 from .offload import visiting
@@ -31,13 +25,13 @@ from .psm import PerceptualStructuring, map_statistics
 from .psm.latent_grid import frame_groups
 from .rewards import Reward, load_reward
 from .rewards.mixture import RewardMixture
-from .runlog import PhaseClock, RunLog, check_output, write_summary
+from .rng import seed_all
+from .runlog import PhaseClock
+from .schedule import learning_rate
+from .session import Resume, Session
 from .trainable import LORA_TARGETS, Training
 from .types import Bucket, Experience, PromptBatch, Trajectory, require_finite
 from .windows import stochastic_window
-
-log = logging.getLogger(__name__)
-Resume = Literal["no", "resume", "overwrite"]
 
 
 class Trainer:
@@ -65,7 +59,7 @@ class Trainer:
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         self.prompts = read_prompts(config.prompts.path)
-        torch.manual_seed(config.run.seed)  # the adapter's initial weights
+        seed_all(config.run.seed)  # the adapter's initial weights
         self.policy = policy or make_policy(config)
         waits = "cpu" if config.model.offload != "none" else self.policy.device
         weights = config.reward.weights
@@ -89,42 +83,46 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters, config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay
         )
+        self.ema = WeightAverage(self.parameters, config.optimizer.ema) if config.optimizer.ema else None
         self.iteration = 0
         self.frames = self.maps = torch.empty(0)
 
-    def run(self, *, mode: Resume = "no", on_iteration: Callable[[int, dict[str, Any]], None] | None = None) -> None:
+    def run(
+        self,
+        *,
+        mode: Resume = "no",
+        allow_changes: bool = False,
+        stop: Callable[[], bool] | None = None,
+        on_iteration: Callable[[int, dict[str, Any]], None] | None = None,
+    ) -> None:
         """Train to the configured number of iterations, writing the run directory.
 
         The first iteration comes before the first byte: what fails at once writes nothing and removes nothing.
 
         Args:
             mode: "no" needs a new directory; "resume" continues its newest checkpoint; "overwrite" starts again.
+            allow_changes: resume with a config that differs from the checkpoint's, see `vipo.changes.check_changes`.
+            stop: asked after each iteration; True saves and ends the run.
             on_iteration: called after each iteration with its 1-based number and metrics (a progress bar).
         """
         run = self.config.run
-        check_output(run.output, resume=mode == "resume", overwrite=mode == "overwrite")
-        checkpoints = run.output / "checkpoints"
-        if mode == "resume" and list_checkpoints(checkpoints):
-            self.iteration = load_checkpoint(list_checkpoints(checkpoints)[-1], self.policy, self.optimizer)
-        elif mode == "resume":
-            log.warning("--resume: %s has no checkpoint yet; the run starts again", run.output)
-        started = time.perf_counter()
-        first = self.step(self.iteration) if self.iteration < run.iterations else None
-        with RunLog(run.output, self.config.to_yaml(), keep_until=self.iteration, tensorboard=run.tensorboard) as files:
-            while self.iteration < run.iterations:
+        with Session(self.config, mode, self.prompts, self.policy, self.optimizer, self.ema) as session:
+            if mode == "resume":
+                self.iteration = session.resume(allow_changes=allow_changes)
+            first = self.step(self.iteration) if self.iteration < run.iterations else None
+            files, stopped = session.begin(self.iteration), False
+            while self.iteration < run.iterations and not stopped:
                 metrics, first = first or self.step(self.iteration), None
                 self.iteration += 1
                 files.metrics(self.iteration, metrics)
-                last = self.iteration == run.iterations
+                last, stopped = self.iteration == run.iterations, stop is not None and stop()
                 if self.iteration == 1 or last or self.iteration % run.sample_every == 0:
                     files.pictures(self.iteration, self.frames, self.maps)
-                if last or self.iteration % run.save_every == 0:
-                    save_checkpoint(checkpoints, self.iteration, self.policy, self.optimizer, keep=run.keep)
+                if last or stopped or self.iteration % run.save_every == 0:
+                    session.save(self.iteration)
                 if on_iteration:
                     on_iteration(self.iteration, metrics)
-            seconds = round(time.perf_counter() - started, 2)
-        summary = {"kind": "train", "state": "finished", "iterations": self.iteration, "seconds": seconds}
-        write_summary(run.output, {**summary, **versions()})
+            session.end(self.iteration)
 
     def step(self, iteration: int) -> dict[str, Any]:
         """One iteration: sample groups, score them, spread their advantages over the latent grid, update.
@@ -136,13 +134,16 @@ class Trainer:
         found = self.experience(iteration, clock)
         with clock("map"):
             maps = self.maps_of(found, iteration)
+        rate = learning_rate(self.config.optimizer, iteration, self.config.run.iterations)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         with clock("update"):
             losses = self._update(found, maps)
         self.frames, self.maps = found.buckets[0].frames, maps[0]
         rewards, group_size = found.rewards[:, found.kept], self.config.prompts.group_size
         total = self.reward.weights.to(rewards.device) @ rewards
         grouped = total.view(-1, group_size)
-        metrics = {
+        metrics: dict[str, Any] = {
             "reward_mean": grouped.mean(),
             "reward_std": grouped.std(correction=0),
             "group_std": grouped.std(1, correction=0).mean(),
@@ -150,6 +151,7 @@ class Trainer:
             "constant_groups": (found.advantages[found.kept].view(-1, group_size) == 0).all(1).sum(),
             "dropped_groups": (~found.kept).sum() // group_size,
             "advantage_abs": found.advantages.abs().mean(),
+            "learning_rate": rate,
             **losses,
             **{f"map_{name}": value for name, value in _mean_statistics(maps).items()},
         }
@@ -265,6 +267,8 @@ class Trainer:
             require_finite("gradient", norm)
             totals["grad_norm"].append(norm.detach())
             self.optimizer.step()
+            if self.ema is not None:
+                self.ema.update()
         return {name: torch.stack(values).mean() for name, values in totals.items()}
 
     def accumulate(
@@ -392,17 +396,3 @@ def make_policy(config: Config, *, trainable: bool = True) -> DiffusersPolicy:
     if model.compile:
         compile_blocks(policy.denoisers)
     return policy
-
-
-def versions() -> dict[str, Any]:
-    """What a run was made with."""
-    return {
-        "vipo_version": __version__,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-        },
-        "threads": torch.get_num_threads(),
-    }
