@@ -128,7 +128,10 @@ def test_ten_iterations_are_five_and_five(tmp_path, train):
 
 def test_averaged_weights_are_a_folder_that_diffusers_loads(tmp_path):
     trainer = make(tmp_path, optimizer={"ema": 0.5, "learning_rate": 3e-2}, run={"iterations": 2})
+    first = weights(trainer).clone()
     trainer.run()
+    moved = torch.cat([value.flatten() for value in trainer.ema.values]) - first
+    assert 0 < moved.norm() < (weights(trainer) - first).norm()
     checkpoint = tmp_path / "run" / "checkpoints" / "step_000002"
     call = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 32, "width": 32, "max_sequence_length": 8}
     shown = {}
@@ -246,9 +249,9 @@ def test_a_changed_config_is_listed_refused_or_allowed_and_recorded(finished, tm
 def test_a_run_killed_before_its_first_file_may_be_started_or_resumed(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".lock").touch()
-    (tmp_path / "run" / "config.yaml.partial").touch()
+    (tmp_path / "run" / "leftover.png").touch()
     make(tmp_path, run={"iterations": 1}).run(mode="resume")
-    assert len(read_metrics(tmp_path / "run")) == 1 and not (tmp_path / "run" / "config.yaml.partial").exists()
+    assert len(read_metrics(tmp_path / "run")) == 1 and not (tmp_path / "run" / "leftover.png").exists()
 
 
 def test_a_lock_is_held_by_one_and_freed(tmp_path):
