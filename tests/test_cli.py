@@ -53,7 +53,7 @@ def test_help_is_complete_and_fast():
     assert subprocess.run([sys.executable, "-c", imported], check=False).returncode == 0
 
 
-def test_train_check_report_resume(tmp_path):
+def test_train_check_report_resume(tmp_path, capsys):
     config = tmp_path / "run.yaml"
     config.write_text(f"run: {{output: {tmp_path / 'run'}, save_every: 1, sample_every: 1}}\n")
     checked = run("check", config, *SMALL)
@@ -73,6 +73,9 @@ def test_train_check_report_resume(tmp_path):
     assert resumed.returncode == 0, resumed.stderr
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["iteration"] for line in lines] == [1, 2, 3]
+    refused = fails(capsys, "train", config, *SMALL, "--resume", "--prompts.group_size=3", "--loss.kl_beta=0.1")
+    assert "error: --resume: prompts.group_size: 2 -> 3: refused, " in refused and refused.count("vipo: error: ") == 2
+    assert "error: --resume: loss.kl_beta: 0.0 -> 0.1: put it back, or give --allow-changes" in refused
     assert run("report", tmp_path / "run").stdout.strip() == str(tmp_path / "run" / "report.html")
 
 
@@ -205,6 +208,7 @@ def test_other_bad_input(tmp_path, monkeypatch, capsys):
     assert "--iterations: expected at least 1" in fails(capsys, "demo", "--iterations", "0")
     Path("run.yaml").write_text("")
     assert "holds no run" in fails(capsys, "train", "run.yaml", "--resume")
+    assert "--allow-changes: goes with --resume only" in fails(capsys, "train", "run.yaml", "--allow-changes")
     assert "nothing" in fails(capsys, "report", "nothing")
     Path("demo").mkdir()
     Path("demo/thesis.txt").write_text("precious")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from . import __version__
-from .console import progress_bars, reporter, typed_command
+from .console import how_to_go_on, progress_bars, reporter, typed_command
 
 DESCRIPTION = """\
 Post-train image and video generators with pixel-level advantages (ViPO, arXiv 2511.18719).
@@ -78,6 +78,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     begin = train.add_mutually_exclusive_group()
     begin.add_argument("--resume", action="store_true", help="continue the newest checkpoint of the run directory")
     begin.add_argument("--overwrite", action="store_true", help="remove the run in the run directory and start again")
+    train.add_argument("--allow-changes", action="store_true", help="with --resume: go on with a changed config")
     check = _with_config(commands, "check", "preflight of a training run", _check, keys)
     check.add_argument("--signal", action="store_true", help="instead: measure before training whether a map helps")
     check.add_argument("--groups", type=int, metavar="M", help="with --signal: groups sampled (24)")
@@ -323,29 +324,38 @@ def _eval(options: argparse.Namespace) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     """Train the pipeline that CONFIG names and write a run directory: config, metrics, TensorBoard events, pictures,
-    checkpoints whose weights/ folder `diffusers` loads, and report.html."""
+    checkpoints whose weights/ folder `diffusers` loads, and report.html. Ctrl-C and SIGTERM finish the iteration, save,
+    and exit with 0; a second Ctrl-C exits at once. docs/running.md has more."""
+    if options.allow_changes and not options.resume:
+        raise ValueError("--allow-changes: goes with --resume only")
     config = _load(options)
+    from .lock import require_unlocked
     from .runlog import check_output
 
     mode: Literal["no", "resume", "overwrite"] = "no"
     if options.resume or options.overwrite:
         mode = "resume" if options.resume else "overwrite"
     check_output(config.run.output, resume=options.resume, overwrite=options.overwrite)
+    require_unlocked(config.run.output)
     from rich.console import Console
 
+    from .interrupt import stop_on_signals
     from .report import render_report
     from .trainer import Trainer
 
     console = Console()
     trainer = Trainer(config)
-    with progress_bars(console) as bars:
+    with progress_bars(console) as bars, stop_on_signals() as stop:
         task = bars.add_task("train", total=config.run.iterations, remark="")
 
         def on_iteration(iteration: int, metrics: dict[str, Any]) -> None:
             remark = f"reward {metrics['reward_mean']:.3f}  clipped {metrics['clip_fraction']:.0%}"
             bars.update(task, completed=iteration, remark=remark)
 
-        trainer.run(mode=mode, on_iteration=on_iteration)
+        trainer.run(mode=mode, allow_changes=options.allow_changes, stop=stop, on_iteration=on_iteration)
+    if trainer.iteration < config.run.iterations:
+        print(f"stopped by {stop.reason}; iteration {trainer.iteration} is saved; {how_to_go_on(options.arguments)}")
+        return 0
     console.print(f"weights: {config.run.output / 'checkpoints'}", highlight=False)
     console.print(f"report:  {render_report(config.run.output)}", highlight=False)
     return 0

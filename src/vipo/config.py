@@ -272,6 +272,12 @@ class OptimizerConfig(Section):
     """Optimizer steps per rollout: the trained steps are shuffled and split between them. 1 is on-policy."""
     epochs: Positive = 1
     """Passes over a rollout, each with all its updates; above 1 the later ones are off-policy."""
+    warmup: Annotated[int, Field(ge=0)] = 0
+    """Iterations over which the learning rate rises to its value, linearly from 1 / warmup of it."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Of the learning rate after the warm-up: constant, or falling towards 0 at the end of run.iterations."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay per optimizer step of an average of the trained weights, saved as weights_ema; null for none."""
     step_fraction: Fraction = 0.6
     """Share of the stochastic steps that are trained, drawn anew per iteration. The ViPO paper: 0.6."""
 
@@ -289,6 +295,8 @@ class RunConfig(Section):
     """Iterations between checkpoints; the last iteration is always saved."""
     keep: Positive = 2
     """Newest checkpoints kept."""
+    keep_best: bool = True
+    """Keep also the checkpoint with the highest mean training reward over the save_every iterations before it."""
     sample_every: Positive = 10
     """Iterations between saved pictures of samples and maps."""
     tensorboard: bool = True
@@ -348,6 +356,8 @@ class Config(Section):
                 "model.autocast: model.train=full keeps the trained weights in float32, so "
                 f"model.dtype={self.model.dtype} needs model.autocast={self.model.dtype}"
             )
+        if self.parallel.shard and self.optimizer.ema is not None:
+            raise ValueError("parallel.shard: no average of sharded weights is kept; set optimizer.ema=null")
         if self.parallel.shard and self.model.train == "full" and self.loss.kl_beta > 0:
             raise ValueError(
                 "parallel.shard: the KL of fully trained weights needs a whole copy of them; set loss.kl_beta=0 or "

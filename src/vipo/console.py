@@ -48,3 +48,9 @@ def typed_command(arguments: Sequence[str]) -> str:
         if name in kept:
             del kept[kept.index(name) : kept.index(name) + 2]
     return shlex.join(["vipo", *(text for text in kept if not text.startswith("--output="))])
+
+
+def how_to_go_on(arguments: Sequence[str]) -> str:
+    """The command that continues a run of vipo train which was started by these arguments."""
+    once = ("--resume", "--overwrite", "--allow-changes")
+    return "to go on: " + shlex.join(["vipo", *(text for text in arguments if text not in once), "--resume"])

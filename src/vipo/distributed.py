@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 BUCKET = 2**26
@@ -195,6 +195,23 @@ def shard(module: nn.Module, device: torch.device, *, cpu_offload: bool = False)
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor in one piece, on every rank (all must ask); another one as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_state(module: nn.Module, *, adapters: bool) -> dict[str, Tensor]:
+    """State of a module in one piece; of a sharded one all ranks must ask, and it waits on the CPU.
+
+    Args:
+        module: sharded or not.
+        adapters: those of peft only.
+    """
+    state = {name: value for name, value in module.state_dict().items() if "lora_" in name or not adapters}
+    return {name: whole(value).cpu() if isinstance(value, DTensor) else value for name, value in state.items()}
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before it was sharded."""
+    classes: list[type[nn.Module]] = [c for c in type(module).__mro__ if issubclass(c, nn.Module)]
+    return next(c for c in classes if not issubclass(c, FSDPModule))
 
 
 def shard_like(tensor: Tensor, other: Tensor) -> Tensor:

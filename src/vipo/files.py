@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -59,3 +62,28 @@ def write_atomically(path: Path, content: str | Callable[[Path], None]) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk, so that what was renamed in it stays renamed after a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one line which file of a run could not be written, why (disk full, read-only), and how to go on.
+
+    Raises:
+        OSError: anything in the block that is one, or is safetensors' own.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise OSError(
+            f"cannot write {path}: {reason}; mend that, then go on from the last good checkpoint with --resume"
+        ) from error

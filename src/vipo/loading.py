@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from .files import require_safetensors
 from .nano import resolve
@@ -34,14 +35,20 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path, call: dict[str, Any
         (folder / CALL_FILE).write_text(json.dumps({"call": call}) + "\n")
 
 
-def save_lora(pipeline: DiffusionPipeline, denoisers: dict[str, nn.Module], folder: Path) -> None:
+def save_lora(
+    pipeline: DiffusionPipeline,
+    denoisers: dict[str, nn.Module],
+    folder: Path,
+    states: Mapping[str, dict[str, Tensor]] | None = None,
+) -> None:
     """Write the adapters of a pipeline's denoisers for `pipeline.load_lora_weights(folder)`.
 
     A second denoiser's adapter has a file of its own: load_lora_weights(folder,
     weight_name="transformer_2_lora_weights.safetensors", load_into_transformer_2=True).
     """
     for name, denoiser in denoisers.items():
-        layers = get_peft_model_state_dict(denoiser)  # one naming for all: diffusers goes by the first key
+        # one naming for all: diffusers goes by the first key
+        layers = get_peft_model_state_dict(denoiser, (states or {}).get(name))
         kind = name.removesuffix("_2")
         type(pipeline).save_lora_weights(
             folder,

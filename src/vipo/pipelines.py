@@ -5,9 +5,10 @@ docs/models.md lists the families tried and the results.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -216,3 +217,16 @@ def probe_layout(reach: Callable[[Tensor], Tensor], like: Tensor) -> tuple[Tenso
     c, *grid = position.shape
     t, h, w = grid if len(grid) == 3 else (1, *grid)
     return position.flatten(), (c, t, h, w)
+
+
+@contextlib.contextmanager
+def patched(target: Any, attributes: dict[str, Any]) -> Iterator[None]:
+    """Put attributes in front of an object's own for the length of a block. The project's only patching."""
+    before = {name: target.__dict__[name] for name in attributes if name in target.__dict__}
+    target.__dict__.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del target.__dict__[name]
+        target.__dict__.update(before)

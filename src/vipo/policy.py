@@ -1,7 +1,7 @@
 """Any `diffusers` pipeline as a policy: rollout, exact replay with gradients, decode. No code per model family.
 
 The pipeline itself is never changed. For the length of one call, our scheduler and, in a replay, the recorded prompt
-embeddings and latents are put in front of its own attributes (`_in_front`); then its own `__call__` runs.
+embeddings and latents are put in front of its own attributes (`pipelines.patched`); then its own `__call__` runs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from . import pipelines
+from .distributed import plain_class, whole_state
 from .kernels import Gaussian, gaussian_log_prob
 from .loading import load_pipeline, save_lora, save_pipeline
 from .losses import reference_kl
@@ -118,7 +119,7 @@ class DiffusersPolicy:
         return {
             f"{component}.{name}" if self._several else name: tensor
             for component, denoiser in self.denoisers.items()
-            for name, tensor in type(denoiser).from_pretrained(folder / component).state_dict().items()  # type: ignore[attr-defined]
+            for name, tensor in plain_class(denoiser).from_pretrained(folder / component).state_dict().items()  # type: ignore[attr-defined]
         }
 
     def enable_gradient_checkpointing(self) -> None:
@@ -294,7 +295,7 @@ class DiffusersPolicy:
         elif not self._reference:
             raise ValueError("reference: call keep_reference() before training all weights with a KL term")
         else:
-            with _in_front(self.pipeline, self._reference):
+            with pipelines.patched(self.pipeline, self._reference):
                 yield
 
     def _rescore(self, traj: Trajectory, steps: Sequence[int], on_step: Callable[[int, Gaussian], None]) -> None:
@@ -316,7 +317,7 @@ class DiffusersPolicy:
             if self.unconditional == "frozen":
                 for denoiser in self.denoisers.values():
                     first_only = pipelines.gradient_of_first(denoiser.forward, calls)
-                    frozen.enter_context(_in_front(denoiser, {"forward": first_only}))
+                    frozen.enter_context(pipelines.patched(denoiser, {"forward": first_only}))
             self._resume(traj, Scoring(traj.steps, steps, score), traj.steps[steps[0]].latents, output_type="latent")
 
     @torch.no_grad()
@@ -357,7 +358,7 @@ class DiffusersPolicy:
             for denoiser in self.denoisers.values():  # what has encoded goes before the denoising begins
                 stack.callback(denoiser.register_forward_pre_hook(lambda *a: self.idle.release()).remove)
             stack.callback(self.idle.release)
-            stack.enter_context(_in_front(self.pipeline, in_front))
+            stack.enter_context(pipelines.patched(self.pipeline, in_front))
             stack.enter_context(torch.autocast(self.device.type, self.autocast, enabled=enabled))
             output = undecorated(self.pipeline, prompt=list(prompts), **call, **more)
         require_all_steps(scheduler, type(self.pipeline).__name__)
@@ -400,19 +401,34 @@ class DiffusersPolicy:
             raise _LatentsReached
 
         nothing = Scoring({}, [], lambda k, gaussian: None)
-        with _in_front(self.pipeline.vae, {"decode": catch}), contextlib.suppress(_LatentsReached):
+        with pipelines.patched(self.pipeline.vae, {"decode": catch}), contextlib.suppress(_LatentsReached):
             self._resume(traj, nothing, latents, autocast=False, output_type="pt")
         if not caught:
             raise ValueError(f"pipeline: {type(self.pipeline).__name__} never calls vae.decode: cannot drive it")
         return caught[0]
 
-    def save(self, folder: Path) -> None:
-        """Write the trained weights as `diffusers` reads them: a LoRA folder (`save_lora`), or the whole pipeline."""
+    def save(self, folder: Path | None) -> None:
+        """Write the trained weights as `diffusers` reads them: a LoRA folder (`save_lora`), or the whole pipeline.
+
+        All ranks must call it where weights are sharded; those that do not write give no folder.
+        """
+        states = {  # of sharded denoisers
+            name: whole_state(denoiser, adapters=self.lora)
+            for name, denoiser in self.denoisers.items()
+            if plain_class(denoiser) is not type(denoiser)
+        }
+        if folder is None:
+            return
         if self.lora:
-            save_lora(self.pipeline, self.denoisers, folder)
-        else:
-            with self.idle.whole():
-                save_pipeline(self.pipeline, folder, self.call_defaults)
+            save_lora(self.pipeline, self.denoisers, folder, states)
+            return
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.idle.whole())
+            for name, state in states.items():
+                stack.enter_context(
+                    pipelines.patched(self.denoisers[name], {"state_dict": functools.partial(dict, state)})
+                )
+            save_pipeline(self.pipeline, folder, self.call_defaults)
 
 
 def to_grid(values: Tensor, traj: Trajectory) -> Tensor:
@@ -424,16 +440,3 @@ def _frames(output: Any) -> Tensor:
     """A pipeline's output as frames (N, F, 3, Y, X), float32 in [0, 1]."""
     images: Tensor = output[0]
     return (images if images.ndim == 5 else images[:, None]).float().clamp(0, 1)
-
-
-@contextlib.contextmanager
-def _in_front(target: Any, attributes: dict[str, Any]) -> Iterator[None]:
-    """Put attributes in front of an object's own for the length of a block. The project's only patching."""
-    before = {name: target.__dict__[name] for name in attributes if name in target.__dict__}
-    target.__dict__.update(attributes)
-    try:
-        yield
-    finally:
-        for name in attributes:
-            del target.__dict__[name]
-        target.__dict__.update(before)

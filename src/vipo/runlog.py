@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.tensorboard.writer import SummaryWriter
 
-from .files import write_atomically
+from .files import write_atomically, writing
+from .lock import LOCK
 from .media import write_animation, write_image
 from .pictures import clip_grid, film_strip, overlay, overlay_clips, sheet, small_clips
 from .psm.latent_grid import frame_groups, spread_time
@@ -33,19 +34,19 @@ def check_output(folder: Path, *, resume: bool = False, overwrite: bool = False)
     Raises:
         ValueError: the folder holds a run already, holds something else, or holds no run to resume.
     """
-    holds_run = (folder / CONFIG).is_file()
+    holds_run, began = (folder / CONFIG).is_file(), (folder / LOCK).is_file()
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir():
         raise ValueError(f"run.output: {parent} is a file, expected a folder")
     if resume and overwrite:
         raise ValueError("--resume and --overwrite: give one of them")
-    if resume and not holds_run:
+    if resume and not (holds_run or began):
         raise ValueError(f"--resume: {folder} holds no run (no {CONFIG})")
     if holds_run and not (resume or overwrite):
         raise ValueError(
             f"run.output: {folder} already holds a run; give --resume, --overwrite or another --run.output"
         )
-    if folder.is_dir() and not holds_run and any(folder.iterdir()):
+    if folder.is_dir() and not (holds_run or began) and any(folder.iterdir()):
         raise ValueError(f"run.output: {folder} is not empty and holds no run; give another --run.output")
     if not os.access(parent, os.W_OK):
         raise ValueError(f"run.output: cannot write to {parent}; give another --run.output")
@@ -56,21 +57,27 @@ class RunLog:
 
     Args:
         folder: the run directory, made if missing; with `keep_until` 0 an earlier run in it is removed.
-        config: resolved config as YAML text.
+        config: resolved config as YAML text; another one of before is kept as config_NNNNNN.yaml, NNNNNN being the
+            iteration until which it held.
         keep_until: when resuming, the last iteration to keep in the metrics; later lines are redone.
         tensorboard: write TensorBoard events.
     """
 
     def __init__(self, folder: Path, config: str, *, keep_until: int = 0, tensorboard: bool = True) -> None:
         self.folder = folder
-        if keep_until == 0 and (folder / CONFIG).is_file():
-            shutil.rmtree(folder)
-        for name in ("samples", "maps", "checkpoints"):
-            (folder / name).mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / CONFIG, config)
-        kept = [line for line in read_metrics(folder) if line["iteration"] <= keep_until]
-        write_atomically(folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
-        self._metrics = (folder / METRICS).open("a", encoding="utf-8")
+        with writing(folder):
+            if keep_until == 0:
+                _remove_run(folder)
+            for name in ("samples", "maps", "checkpoints"):
+                (folder / name).mkdir(parents=True, exist_ok=True)
+            earlier = folder / f"config_{keep_until:06d}.yaml"
+            if (folder / CONFIG).is_file() and (folder / CONFIG).read_text("utf-8") != config and not earlier.exists():
+                (folder / CONFIG).rename(earlier)
+            write_atomically(folder / CONFIG, config)
+            (folder / SUMMARY).unlink(missing_ok=True)  # of a session that had ended
+            kept = [line for line in read_metrics(folder) if line["iteration"] <= keep_until]
+            write_atomically(folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+        self._metrics = (folder / METRICS).open("ab", buffering=0)  # nothing is left to be written when it is closed
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=keep_until + 1) if tensorboard else None
 
     def __enter__(self) -> Self:
@@ -84,9 +91,12 @@ class RunLog:
             self._events.close()
 
     def metrics(self, iteration: int, values: dict[str, Any]) -> None:
-        """Append one iteration's numbers."""
-        self._metrics.write(json.dumps({"iteration": iteration, **values}) + "\n")
-        self._metrics.flush()
+        """Append one iteration's numbers, and flush them to the disk: a checkpoint that follows may count on them."""
+        line = (json.dumps({"iteration": iteration, **values}) + "\n").encode()
+        with writing(self.folder / METRICS):
+            while line:
+                line = line[self._metrics.write(line) :]
+            os.fsync(self._metrics.fileno())
         if self._events is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)):
@@ -117,6 +127,18 @@ class RunLog:
             self._events.add_image("samples", np.asarray(sheets["samples"]), iteration, dataformats="HWC")
 
 
+def _remove_run(folder: Path) -> None:
+    """Remove an earlier run but its lock, the checkpoints at one stroke: none of them may ever be resumed."""
+    discarded = folder / "discarded"
+    if (folder / "checkpoints").is_dir():
+        (folder / "checkpoints").rename(discarded)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
 class PhaseClock:
     """Wall-clock seconds by phase; at its end waits for the device, not for rewards in a stream of their own."""
 
@@ -140,6 +162,12 @@ class PhaseClock:
 def write_summary(folder: Path, values: dict[str, Any]) -> None:
     """Write summary.json."""
     write_atomically(folder / SUMMARY, json.dumps(values, indent=1) + "\n")
+
+
+def mean_reward(folder: Path, iterations: int) -> float:
+    """Mean reward of the last iterations in metrics.jsonl, as many as there are."""
+    rewards = [line["reward_mean"] for line in read_metrics(folder)[-iterations:]]
+    return float(np.mean(rewards))
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

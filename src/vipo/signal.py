@@ -26,8 +26,9 @@ from .estimators import Estimate, count_sketch, gram_matrix, jackknife, leave_on
 from .maps import shared_sources
 from .psm import control_maps
 from .runlog import PhaseClock
-from .trainer import Trainer, versions
+from .trainer import Trainer
 from .types import Experience, require_finite
+from .versions import versions
 
 LEAST_GROUPS = 4
 MEMORY = 2**32

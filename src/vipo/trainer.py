@@ -4,25 +4,19 @@ from __future__ import annotations
 
 import functools
 import itertools
-import logging
-import platform
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
-import diffusers
 import torch
-import transformers
 from peft import LoraConfig
 from torch import Tensor
 
-from . import __version__
 from .advantages import mixed_pixel_advantages, pixel_advantages, reward_advantages, weighted_advantages
-from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import Config
 from .distributed import Ranks, shard, start, whole
+from .ema import WeightAverage
 from .losses import LossStats, policy_loss
 from .maps import MapSource, mean_statistics
 from .offload import visiting
@@ -35,14 +29,15 @@ from .reward_maps import RewardMaps
 from .rewards import Reward, load_rewards
 from .rewards.background import Background, Scoring, afterwards
 from .rewards.mixture import RewardMixture
-from .runlog import PhaseClock, RunLog, check_output, write_summary
+from .rng import seed_all
+from .runlog import PhaseClock
+from .schedule import learning_rate
+from .session import Resume, Session
 from .trainable import LORA_TARGETS, Training
 from .types import Bucket, Experience, PromptBatch, Trajectory, require_finite
 from .watch import Watch
 from .windows import stochastic_window
 
-log = logging.getLogger(__name__)
-Resume = Literal["no", "resume", "overwrite"]
 _NOT_MEANS = {"sums": ("constant",), "maxima": ("max",)}
 """Map statistics that are not means over samples."""
 
@@ -73,7 +68,7 @@ class Trainer:
             torch.set_num_threads(config.run.threads)
         self.prompts = read_prompts(config.prompts.path)
         self.ranks = start(device=config.model.device, timeout=config.parallel.timeout)
-        torch.manual_seed(config.run.seed)  # the adapter's initial weights
+        seed_all(config.run.seed)  # the adapter's initial weights
         self.policy = policy or make_policy(config, ranks=self.ranks)
         waits = "cpu" if config.model.offload != "none" else self.policy.device
         weights = config.reward.weights
@@ -98,51 +93,53 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters, config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay
         )
+        self.ema = WeightAverage(self.parameters, config.optimizer.ema) if config.optimizer.ema else None
         self.iteration = 0
         self.frames = self.maps = torch.empty(0)
         self.watch = Watch(config, self.policy, self.reward.rewards, self.map_source)
 
-    def run(self, *, mode: Resume = "no", on_iteration: Callable[[int, dict[str, Any]], None] | None = None) -> None:
+    def run(
+        self,
+        *,
+        mode: Resume = "no",
+        allow_changes: bool = False,
+        stop: Callable[[], bool] | None = None,
+        on_iteration: Callable[[int, dict[str, Any]], None] | None = None,
+    ) -> None:
         """Train to the configured number of iterations, writing the run directory.
 
         The first iteration comes before the first byte: what fails at once writes nothing and removes nothing.
 
         Args:
             mode: "no" needs a new directory; "resume" continues its newest checkpoint; "overwrite" starts again.
+            allow_changes: resume with a config that differs from the checkpoint's, see `vipo.changes.check_changes`.
+            stop: asked after each iteration; True saves and ends the run.
             on_iteration: called after each iteration with its 1-based number and metrics (a progress bar).
         """
         run = self.config.run
-        check_output(run.output, resume=mode == "resume", overwrite=mode == "overwrite")
-        checkpoints = run.output / "checkpoints"
-        if mode == "resume" and list_checkpoints(checkpoints):
-            self.iteration = load_checkpoint(list_checkpoints(checkpoints)[-1], self.policy, self.optimizer)
-        elif mode == "resume":
-            log.warning("--resume: %s has no checkpoint yet; the run starts again", run.output)
-        started = time.perf_counter()
-        self.watch.begin(run.output, self.iteration)
-        first = self.step(self.iteration) if self.iteration < run.iterations and not self.watch.stops else None
-        with RunLog(run.output, self.config.to_yaml(), keep_until=self.iteration, tensorboard=run.tensorboard) as files:
-            self.watch.open(files)
-            while self.iteration < run.iterations and not self.watch.stops:
+        with Session(self.config, mode, self.prompts, self.policy, self.optimizer, self.ema, self.ranks) as session:
+            if mode == "resume":
+                self.iteration = session.resume(allow_changes=allow_changes)
+            self.watch.begin(run.output, self.iteration)
+            stopped = self.watch.stops
+            first = self.step(self.iteration) if self.iteration < run.iterations and not stopped else None
+            session.begin(self.iteration)
+            self.watch.open(session)
+            while self.iteration < run.iterations and not stopped:
                 metrics, first = first or self.step(self.iteration), None
                 self.iteration += 1
                 metrics = self.watch(run.output, self.iteration, metrics)
-                files.metrics(self.iteration, metrics)
+                session.metrics(self.iteration, metrics)
                 last = self.iteration == run.iterations or self.watch.stops
+                stopped = self.watch.stops or self.ranks.any(stop is not None and stop())
                 if self.iteration == 1 or last or self.iteration % run.sample_every == 0:
-                    files.pictures(self.iteration, self.frames, self.maps)
-                if last or self.iteration % run.save_every == 0:
-                    save_checkpoint(checkpoints, self.iteration, self.policy, self.optimizer, keep=run.keep)
+                    session.pictures(self.iteration, self.frames, self.maps)
+                if last or stopped or self.iteration % run.save_every == 0:
+                    session.save(self.iteration)
                 if on_iteration:
                     on_iteration(self.iteration, metrics)
-            seconds = round(time.perf_counter() - started, 2)
-        summary = {
-            "kind": "train",
-            "state": self.watch.close(checkpoints),
-            "iterations": self.iteration,
-            "seconds": seconds,
-        }
-        write_summary(run.output, {**summary, **versions()})
+            self.watch.close(session.checkpoints)
+            session.end(self.iteration, stopped=stopped)
 
     def step(self, iteration: int) -> dict[str, Any]:
         """One iteration: sample groups, score them, spread their advantages over the latent grid, update.
@@ -154,6 +151,9 @@ class Trainer:
         found = self.experience(iteration, clock)
         with clock("map"):
             made = self.maps_of(found, iteration, self.reward_maps)
+        rate = learning_rate(self.config.optimizer, iteration, self.config.run.iterations)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         with clock("update"):
             losses = self.ranks.reduce(self._update(found, made))
         maps = [part[0] for part in made] if self.reward_maps else made
@@ -161,7 +161,7 @@ class Trainer:
         rewards, group_size = found.rewards[:, found.kept], self.config.prompts.group_size
         total = self.reward.weights.to(rewards.device) @ rewards
         grouped = total.view(-1, group_size)
-        metrics = {
+        metrics: dict[str, Any] = {
             "reward_mean": grouped.mean(),
             "reward_std": grouped.std(correction=0),
             "group_std": grouped.std(1, correction=0).mean(),
@@ -169,6 +169,7 @@ class Trainer:
             "constant_groups": (found.advantages[found.kept].view(-1, group_size) == 0).all(1).sum(),
             "dropped_groups": (~found.kept).sum() // group_size,
             "advantage_abs": found.advantages.abs().mean(),
+            "learning_rate": rate,
             **losses,
             **{f"map_{name}": v for name, v in self.ranks.reduce(mean_statistics(maps), **_NOT_MEANS).items()},
             **(self.ranks.reduce(self.reward_maps.statistics(made)) if self.reward_maps else {}),
@@ -305,6 +306,8 @@ class Trainer:
             require_finite("gradient", norm)
             totals["grad_norm"].append(norm.detach())
             self.optimizer.step()
+            if self.ema is not None:
+                self.ema.update()
         return {name: torch.stack(values).mean() for name, values in totals.items()}
 
     def accumulate(
@@ -423,17 +426,3 @@ def make_policy(config: Config, *, trainable: bool = True, ranks: Ranks | None =
     if model.compile:
         compile_blocks(policy.denoisers)
     return policy
-
-
-def versions() -> dict[str, Any]:
-    """What a run was made with."""
-    return {
-        "vipo_version": __version__,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-        },
-        "threads": torch.get_num_threads(),
-    }

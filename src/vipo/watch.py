@@ -23,7 +23,8 @@ from .held_out import Evaluation, HeldOut, discard_after
 from .maps import MapSource
 from .policy import DiffusersPolicy
 from .rewards import Reward
-from .runlog import RunLog, read_metrics
+from .runlog import read_metrics
+from .session import Session
 
 log = logging.getLogger(__name__)
 WATCH = "watch.json"
@@ -217,7 +218,7 @@ class Watch:
             written = json.loads((folder / WATCH).read_text(encoding="utf-8"))["warnings"]
             self.warnings = [WatchWarning(**entry) for entry in written if entry["iteration"] <= iteration]
 
-    def open(self, files: RunLog) -> None:
+    def open(self, files: Session) -> None:
         """Write what `begin` found, now that there is a run directory; evaluations that will be redone go."""
         discard_after(files.folder, len(self._lines))
         if self.held_out and self._base and not self._lines:

@@ -10,8 +10,8 @@ import numpy as np
 
 from ..evaluation import Values, bootstrap_mean, compare_groups, paired_difference
 from ..prompts import read_prompts
-from ..trainer import versions
 from ..types import Prompt
+from ..versions import versions
 from .samples import sampling_settings
 from .sides import Contest
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import diffusers
 
-from ..checkpoint import list_checkpoints
+from ..checkpoint import latest_checkpoint, list_checkpoints, require_whole
 from ..config import Config
 from ..loading import load_lora, pipeline_folder, read_index
 from ..named import apply_overrides
@@ -93,11 +93,12 @@ def contest_of_run(
     config = Config.from_yaml(file, others)
     trained_on = frozenset(config.reward.weights)
     config = _measured_by(config, rewards or sorted(trained_on), for_rewards)
-    chosen = found[-1] if checkpoint is None else run / "checkpoints" / f"step_{checkpoint:06d}"
+    newest = latest_checkpoint(run / "checkpoints") if checkpoint is None else None
+    chosen = newest or run / "checkpoints" / f"step_{checkpoint:06d}"
     if chosen not in found:
         steps = ", ".join(str(int(path.name.removeprefix("step_"))) for path in found)
         raise ValueError(f"--checkpoint: {run} has no checkpoint of iteration {checkpoint}; there are {steps}")
-    weights = chosen / "weights"
+    weights = require_whole(chosen) / "weights"
     lora, full = (weights, None) if config.model.train == "lora" else (None, weights)
     base, trained = sides(config.model.path, lora=lora, full=full)
     subject = {"run": str(run), "checkpoint": int(chosen.name.removeprefix("step_")), "model": config.model.path}

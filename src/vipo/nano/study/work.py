@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ...console import progress_bars
 from ...files import write_atomically
-from ...trainer import versions
+from ...versions import versions
 from .arms import (
     FIRST,
     REST,
