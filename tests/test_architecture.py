@@ -26,6 +26,7 @@ LAYERS = [
     {"scheduler", "pipelines", "rewards", "maps", "pictures"},
     {"policy"},
     {"checkpoint", "runlog", "evaluation", "report"},
+    {"safety"},
     {"trainer"},
     {"preflight", "signal", "demo_kinds", "inspection", "comparison"},
     {"demo"},

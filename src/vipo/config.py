@@ -266,6 +266,8 @@ class OptimizerConfig(Section):
     """AdamW's. The ViPO paper: 1e-4."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """The gradient is scaled down to this norm."""
+    skip_nonfinite: Annotated[int, Field(ge=0)] = 0
+    """Iterations of a run that may be skipped for a NaN or infinite tensor, weights untouched; 0 stops at the first."""
     updates_per_rollout: Positive = 1
     """Optimizer steps per rollout: the trained steps are shuffled and split between them. 1 is on-policy."""
     epochs: Positive = 1

@@ -27,7 +27,8 @@ from .psm.latent_grid import frame_groups, spread_time
 from .report import render_report
 from .rewards import load_reward, score
 from .runlog import CLIP_FPS, CONFIG, check_output, read_metrics, write_summary
-from .trainer import Trainer, versions
+from .safety import versions
+from .trainer import Trainer
 
 Progress = Callable[[str, int, int, str], None]
 """(stage, done, total, remark)"""

@@ -23,6 +23,8 @@ from .pictures import clip_grid, film_strip, overlay, overlay_clips, sheet, smal
 from .psm.latent_grid import frame_groups, spread_time
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+BUNDLES = "debug"
+"""Folder of debug bundles (`vipo.safety`); alone it is no run, and a new run removes it."""
 CLIP_FPS = 8.0
 """Of the animations of samples and maps, whose own rate no tensor states."""
 
@@ -44,7 +46,7 @@ def check_output(folder: Path, *, resume: bool = False, overwrite: bool = False)
         raise ValueError(
             f"run.output: {folder} already holds a run; give --resume, --overwrite or another --run.output"
         )
-    if folder.is_dir() and not holds_run and any(folder.iterdir()):
+    if folder.is_dir() and not holds_run and any(entry.name != BUNDLES for entry in folder.iterdir()):
         raise ValueError(f"run.output: {folder} is not empty and holds no run; give another --run.output")
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(parent, os.W_OK):
@@ -63,8 +65,8 @@ class RunLog:
 
     def __init__(self, folder: Path, config: str, *, keep_until: int = 0, tensorboard: bool = True) -> None:
         self.folder = folder
-        if keep_until == 0 and (folder / CONFIG).is_file():
-            shutil.rmtree(folder)
+        if keep_until == 0:
+            shutil.rmtree(folder if (folder / CONFIG).is_file() else folder / BUNDLES, ignore_errors=True)
         for name in ("samples", "maps", "checkpoints"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         write_atomically(folder / CONFIG, config)

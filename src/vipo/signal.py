@@ -26,7 +26,8 @@ from .estimators import Estimate, count_sketch, gram_matrix, jackknife, leave_on
 from .maps import MapSource
 from .psm import control_maps
 from .runlog import PhaseClock
-from .trainer import Trainer, versions
+from .safety import versions
+from .trainer import Trainer
 from .types import Experience, require_finite
 
 LEAST_GROUPS = 4

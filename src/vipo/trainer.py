@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import itertools
 import logging
-import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
-import diffusers
 import torch
-import transformers
 from peft import LoraConfig
 from torch import Tensor
 
-from . import __version__
 from .advantages import pixel_advantages, weighted_advantages
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import Config
@@ -32,6 +28,7 @@ from .psm.latent_grid import frame_groups
 from .rewards import Reward, load_reward
 from .rewards.mixture import RewardMixture
 from .runlog import PhaseClock, RunLog, check_output, write_summary
+from .safety import NonFiniteGuard, evidence, require_finite_gradients, undone_if_not_finite, versions
 from .trainable import LORA_TARGETS, Training
 from .types import Bucket, Experience, PromptBatch, Trajectory, require_finite
 from .windows import stochastic_window
@@ -99,7 +96,10 @@ class Trainer:
 
         Args:
             mode: "no" needs a new directory; "resume" continues its newest checkpoint; "overwrite" starts again.
-            on_iteration: called after each iteration with its 1-based number and metrics (a progress bar).
+            on_iteration: called after each iteration that was not skipped, with its 1-based number and metrics.
+
+        Raises:
+            FloatingPointError: a tensor is not finite and `optimizer.skip_nonfinite` iterations have been skipped.
         """
         run = self.config.run
         check_output(run.output, resume=mode == "resume", overwrite=mode == "overwrite")
@@ -109,18 +109,21 @@ class Trainer:
         elif mode == "resume":
             log.warning("--resume: %s has no checkpoint yet; the run starts again", run.output)
         started = time.perf_counter()
-        first = self.step(self.iteration) if self.iteration < run.iterations else None
+        guard = NonFiniteGuard(self.config, self.batch, done=self.iteration)
+        first = guard.attempt(self.step, self.iteration, again=True) if self.iteration < run.iterations else None
         with RunLog(run.output, self.config.to_yaml(), keep_until=self.iteration, tensorboard=run.tensorboard) as files:
             while self.iteration < run.iterations:
-                metrics, first = first or self.step(self.iteration), None
+                metrics, first = first or guard.attempt(self.step, self.iteration), None
                 self.iteration += 1
                 files.metrics(self.iteration, metrics)
                 last = self.iteration == run.iterations
-                if self.iteration == 1 or last or self.iteration % run.sample_every == 0:
+                trained = "skipped" not in metrics
+                if trained and (self.iteration == 1 or last or self.iteration % run.sample_every == 0):
                     files.pictures(self.iteration, self.frames, self.maps)
                 if last or self.iteration % run.save_every == 0:
+                    guard.check_state(self.iteration, self.policy.trainable_parameters(), self.optimizer)
                     save_checkpoint(checkpoints, self.iteration, self.policy, self.optimizer, keep=run.keep)
-                if on_iteration:
+                if on_iteration and trained:
                     on_iteration(self.iteration, metrics)
             seconds = round(time.perf_counter() - started, 2)
         summary = {"kind": "train", "state": "finished", "iterations": self.iteration, "seconds": seconds}
@@ -134,9 +137,10 @@ class Trainer:
         """
         clock = PhaseClock(self.policy.device)
         found = self.experience(iteration, clock)
-        with clock("map"):
+        with clock("map"), evidence(found=found):
             maps = self.maps_of(found, iteration)
-        with clock("update"):
+        undo = self.config.optimizer.skip_nonfinite > 0 and len(found.plan) > 1
+        with clock("update"), evidence(found=found, maps=maps), undone_if_not_finite(self.optimizer, undo):
             losses = self._update(found, maps)
         self.frames, self.maps = found.buckets[0].frames, maps[0]
         rewards, group_size = found.rewards[:, found.kept], self.config.prompts.group_size
@@ -155,21 +159,29 @@ class Trainer:
         }
         return {**{name: float(value) for name, value in metrics.items()}, **clock.seconds()}
 
+    def batch(self, iteration: int) -> PromptBatch:
+        """Prompts and seeds of an iteration."""
+        return prompt_batch(
+            self.prompts,
+            iteration,
+            per_iteration=self.config.prompts.per_iteration,
+            group_size=self.config.prompts.group_size,
+            seed=self.config.run.seed,
+            same_initial_noise=self.config.sampling.same_initial_noise,
+        )
+
     def experience(self, iteration: int, clock: PhaseClock) -> Experience:
         """Sample the groups of an iteration and score them."""
         config = self.config
-        batch = prompt_batch(
-            self.prompts,
-            iteration,
-            per_iteration=config.prompts.per_iteration,
-            group_size=config.prompts.group_size,
-            seed=config.run.seed,
-            same_initial_noise=config.sampling.same_initial_noise,
-        )
+        batch = self.batch(iteration)
         with clock("rollout"):
             decoded, plan = self._rollout(batch, iteration)
             buckets = _buckets(decoded)
-        with clock("reward"), visiting(self.reward.rewards.values(), self.policy.device, config.model.offload):
+            if config.reward.on_failure == "stop":
+                for bucket in buckets:
+                    require_finite("decoded frames", bucket.frames, bucket.prompts)
+        offload, frames = config.model.offload, {f"frames.{i}": bucket.frames for i, bucket in enumerate(buckets)}
+        with clock("reward"), visiting(self.reward.rewards.values(), self.policy.device, offload), evidence(**frames):
             scores = [self.reward(bucket.frames, bucket.prompts) for bucket in buckets]
             rewards = torch.cat([found.rewards for found in scores], 1)
             kept = self.reward.keep(rewards, batch.prompts, batch.group_size, config.reward.on_failure)
@@ -261,8 +273,9 @@ class Trainer:
         totals: defaultdict[str, list[Tensor]] = defaultdict(list)
         for steps in found.plan:
             self.accumulate(found, maps, steps, totals)
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm)
-            require_finite("gradient", norm)
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            require_finite_gradients(self.policy.trainable_parameters(), norm)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, settings.max_grad_norm, norm)
             totals["grad_norm"].append(norm.detach())
             self.optimizer.step()
         return {name: torch.stack(values).mean() for name, values in totals.items()}
@@ -328,7 +341,9 @@ class Trainer:
             if kl is not None:
                 loss = loss + settings.kl_beta * kl.mean()
                 totals["kl"].append(kl.detach().mean())
-            require_finite(f"loss of step {k}", loss)
+            with evidence(step=k, log_probs=log_probs, trajectory=traj, advantages=advantages):
+                require_finite(f"log-prob of step {k}", log_probs, traj.prompts)
+                require_finite(f"loss of step {k}", loss)
             (loss * weight).backward()
             totals["loss"].append(loss.detach())
             for name in LossStats._fields:
@@ -392,17 +407,3 @@ def make_policy(config: Config, *, trainable: bool = True) -> DiffusersPolicy:
     if model.compile:
         compile_blocks(policy.denoisers)
     return policy
-
-
-def versions() -> dict[str, Any]:
-    """What a run was made with."""
-    return {
-        "vipo_version": __version__,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-        },
-        "threads": torch.get_num_threads(),
-    }

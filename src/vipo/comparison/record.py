@@ -10,7 +10,7 @@ import numpy as np
 
 from ..evaluation import Values, bootstrap_mean, compare_groups, paired_difference
 from ..prompts import read_prompts
-from ..trainer import versions
+from ..safety import versions
 from ..types import Prompt
 from .samples import sampling_settings
 from .sides import Contest

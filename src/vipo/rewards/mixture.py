@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..types import NonFiniteError
 from . import Reward, Scores, score
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class RewardMixture:
             Which samples are kept: (N,) bool.
 
         Raises:
-            FloatingPointError: a reward has failed and on_failure is "stop", or every group has a failure.
+            NonFiniteError: a reward has failed and on_failure is "stop", or every group has a failure.
         """
         bad = ~torch.isfinite(rewards)
         if bool(bad.any()):
@@ -67,9 +68,10 @@ class RewardMixture:
                 f"{len(prompts)}, prompt {prompts[first]!r}"
             )
             if on_failure == "stop":
-                raise FloatingPointError(f"{message}; set reward.on_failure=drop to drop such groups and go on")
+                hint = "set reward.on_failure=drop to drop such groups and go on"
+                raise NonFiniteError(f"{message}; {hint}", "rewards", rewards)
             log.warning("%s: its group is dropped", message)
         kept = ~bad.any(0).view(-1, group_size).any(1).repeat_interleave(group_size)
         if not bool(kept.any()):
-            raise FloatingPointError("reward: every group of the iteration had a bad reward")
+            raise NonFiniteError("reward: every group of the iteration had a bad reward", "rewards", rewards)
         return kept

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ...console import progress_bars
 from ...files import write_atomically
-from ...trainer import versions
+from ...safety import versions
 from .arms import (
     FIRST,
     REST,
