@@ -75,6 +75,9 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     begin.add_argument("--overwrite", action="store_true", help="remove the run in the run directory and start again")
     check = _with_config(commands, "check", "preflight of a training run", _check, keys)
     check.add_argument("--signal", action="store_true", help="instead: measure before training whether a map helps")
+    check.add_argument("--memory", action="store_true", help="instead: reckon GPU memory per rank, without any weights")
+    check.add_argument("--ranks", type=int, metavar="N", help="with --memory: GPUs (1)")
+    check.add_argument("--shard", action="store_true", help="with --memory: also sharded by FSDP2")
     check.add_argument("--groups", type=int, metavar="M", help="with --signal: groups sampled (24)")
     check.add_argument(
         "--maps", nargs="+", metavar="KEY=VALUE", help="with --signal: further maps, as changes of the map section"
@@ -331,8 +334,9 @@ def _train(options: argparse.Namespace) -> int:
     from .report import render_report
     from .trainer import Trainer
 
-    console = Console()
-    trainer = Trainer(config)
+    console, trainer = Console(), Trainer(config)
+    if config.sampling.micro_batch == "auto":
+        console.print(f"sampling.micro_batch: {trainer.micro_batch}", highlight=False)
     with progress_bars(console) as bars:
         task = bars.add_task("train", total=config.run.iterations, remark="")
 
@@ -352,8 +356,13 @@ def _check(options: argparse.Namespace) -> int:
     anything is wrong.
 
     With --signal instead: the gradient signal fraction ||E g||^2 / E||g||^2 of the configured map, of ones (scalar
-    GRPO), of the shuffled, inverted and centre controls and of further maps, on the same rollouts (docs/maps.md)."""
-    if options.signal:
+    GRPO), of the shuffled, inverted and centre controls and of further maps, on the same rollouts (docs/maps.md).
+
+    With --memory instead: weights, gradients, optimizer, activations and their peak on each rank, and what ranks send,
+    from config.json files alone (docs/scaling.md)."""
+    if not options.memory and (options.ranks is not None or options.shard):
+        raise ValueError("--ranks, --shard: go with --memory only")
+    if options.signal and not options.memory:
         return _signal(options)
     for name in ("groups", "maps", "json"):
         if getattr(options, name) is not None:
@@ -362,6 +371,11 @@ def _check(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    if options.memory:
+        from .memory import report
+
+        Console().print(report(config, 1 if options.ranks is None else options.ranks, shard=options.shard))
+        return 0
     from .preflight import preflight
 
     findings = preflight(config)
@@ -371,6 +385,7 @@ def _check(options: argparse.Namespace) -> int:
     Console().print(table)
     failed = [finding.name for finding in findings if not finding.ok]
     print("go" if not failed else f"no-go: {', '.join(failed)}")
+    print(*(f"  {finding.name}: {finding.detail}\n" for finding in findings if not finding.ok), sep="", end="")
     return 2 if failed else 0
 
 

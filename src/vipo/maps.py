@@ -19,7 +19,7 @@ from torch import Tensor
 from .config import MapConfig
 from .media import read_frames
 from .named import import_function
-from .psm import LatentAllocation, PerceptualStructuring, control_maps
+from .psm import LatentAllocation, PerceptualStructuring, control_maps, map_statistics
 from .types import check_shape, require_finite
 
 # Controls that do not depend on the map they stand for: no source is loaded or run for them.
@@ -145,6 +145,21 @@ class MapSource:
                 f"map of {self.source}: expected values in [0, {LARGEST:.0e}), got min {low:.4g} and max {high:.4g}"
             )
         return credit
+
+
+def mean_statistics(maps: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Statistics of maps of one or several shapes, weighted by the number of samples; counts are summed."""
+    if len(maps) == 1:
+        return map_statistics(maps[0])
+    found = [map_statistics(part) for part in maps]
+    weights = torch.tensor([float(len(part)) for part in maps], device=maps[0].device)
+    weights = weights / weights.sum()
+    mean = {name: (torch.stack([f[name].float() for f in found]) * weights).sum() for name in found[0]}
+    return {
+        **mean,
+        "constant": torch.stack([f["constant"] for f in found]).sum(),
+        "max": torch.stack([f["max"] for f in found]).amax(),
+    }
 
 
 def make_psm(config: MapConfig, device: torch.device | str = "cpu") -> PerceptualStructuring:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -11,25 +12,24 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
 from .advantages import pixel_advantages, weighted_advantages
+from .build import make_policy as make_policy
 from .checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from .config import Config
+from .fitting import Fit, OutOfMemory, advice, find_micro_batch, larger_knobs, waiting_bytes, within_memory
 from .losses import LossStats, policy_loss
-from .maps import MapSource
+from .maps import MapSource, mean_statistics
 from .offload import visiting
-from .pipelines import compile_blocks, enable_vae
 from .policy import DiffusersPolicy
 from .prompts import prompt_batch, read_prompts, split_batches
-from .psm import PerceptualStructuring, map_statistics
+from .psm import PerceptualStructuring
 from .psm.latent_grid import frame_groups
 from .rewards import Reward, load_reward
 from .rewards.mixture import RewardMixture
-from .runlog import PhaseClock, RunLog, check_output, write_summary
+from .runlog import PhaseClock, RunLog, check_output, read_metrics, write_summary
 from .safety import NonFiniteGuard, evidence, require_finite_gradients, undone_if_not_finite, versions
-from .trainable import LORA_TARGETS, Training
 from .types import Bucket, Experience, PromptBatch, Trajectory, require_finite
 from .windows import stochastic_window
 
@@ -63,7 +63,9 @@ class Trainer:
             torch.set_num_threads(config.run.threads)
         self.prompts = read_prompts(config.prompts.path)
         torch.manual_seed(config.run.seed)  # the adapter's initial weights
-        self.policy = policy or make_policy(config)
+        self.policy = policy or within_memory(
+            lambda: make_policy(config), lambda: f"what saves memory: {larger_knobs(config, torch.device('cuda'))}"
+        )
         waits = "cpu" if config.model.offload != "none" else self.policy.device
         weights = config.reward.weights
         paths, options = config.reward.paths, config.reward.options
@@ -88,6 +90,15 @@ class Trainer:
         )
         self.iteration = 0
         self.frames = self.maps = torch.empty(0)
+        self.micro_batch = config.sampling.given_micro_batch or config.num_samples
+        self._auto = config.sampling.micro_batch == "auto"
+        if self._auto:
+            fit = self.fit(config.num_samples)
+            if fit.micro_batch == 0:
+                knobs = larger_knobs(config, self.policy.device)
+                raise OutOfMemory(f"sampling.micro_batch=auto: not even one sample fits ({fit}); what helps: {knobs}")
+            self.micro_batch = fit.micro_batch
+            log.info("sampling.micro_batch: %d of %d samples (%s)", fit.micro_batch, config.num_samples, fit)
 
     def run(self, *, mode: Resume = "no", on_iteration: Callable[[int, dict[str, Any]], None] | None = None) -> None:
         """Train to the configured number of iterations, writing the run directory.
@@ -108,6 +119,9 @@ class Trainer:
             self.iteration = load_checkpoint(list_checkpoints(checkpoints)[-1], self.policy, self.optimizer)
         elif mode == "resume":
             log.warning("--resume: %s has no checkpoint yet; the run starts again", run.output)
+        chosen = [line["micro_batch"] for line in read_metrics(run.output) if "micro_batch" in line]
+        if self._auto and self.iteration and chosen:
+            self.micro_batch = chosen[-1]  # a resumed run goes on with its numbers
         started = time.perf_counter()
         guard = NonFiniteGuard(self.config, self.batch, done=self.iteration)
         first = guard.attempt(self.step, self.iteration, again=True) if self.iteration < run.iterations else None
@@ -127,9 +141,20 @@ class Trainer:
                     on_iteration(self.iteration, metrics)
             seconds = round(time.perf_counter() - started, 2)
         summary = {"kind": "train", "state": "finished", "iterations": self.iteration, "seconds": seconds}
+        if self._auto:
+            summary["micro_batch"] = self.micro_batch
         write_summary(run.output, {**summary, **versions()})
 
     def step(self, iteration: int) -> dict[str, Any]:
+        """Take one iteration (`_step`).
+
+        Raises:
+            NonFiniteError: the first tensor that is NaN or infinite.
+            OutOfMemory: with the settings that would help, and a micro-batch that fits.
+        """
+        return within_memory(lambda: self._step(iteration), self._memory_advice)
+
+    def _step(self, iteration: int) -> dict[str, Any]:
         """One iteration: sample groups, score them, spread their advantages over the latent grid, update.
 
         Invariants: old log-probs are those of the weights that sampled; a position's advantage is its group's
@@ -155,9 +180,10 @@ class Trainer:
             "dropped_groups": (~found.kept).sum() // group_size,
             "advantage_abs": found.advantages.abs().mean(),
             **losses,
-            **{f"map_{name}": value for name, value in _mean_statistics(maps).items()},
+            **{f"map_{name}": value for name, value in mean_statistics(maps).items()},
         }
-        return {**{name: float(value) for name, value in metrics.items()}, **clock.seconds()}
+        chosen = {"micro_batch": self.micro_batch} if self._auto else {}
+        return {**{name: float(value) for name, value in metrics.items()}, **clock.seconds(), **chosen}
 
     def batch(self, iteration: int) -> PromptBatch:
         """Prompts and seeds of an iteration."""
@@ -218,7 +244,7 @@ class Trainer:
         self.policy.settings = replace(self.policy.settings, stochastic_steps=steps)
         decoded: list[tuple[Trajectory, Tensor]] = []
         plan: list[list[int]] = []
-        for run in split_batches(batch.entries, sampling.micro_batch or len(batch.prompts)):
+        for run in split_batches(batch.entries, self.micro_batch):
             traj = self.policy.rollout(
                 [batch.prompts[i] for i in run],
                 seeds=[batch.seeds[i] for i in run],
@@ -231,6 +257,40 @@ class Trainer:
             traj.keep([k for steps in plan for k in steps])
             decoded.append((traj.to("cpu") if sampling.store_on_cpu else traj, frames))
         return decoded, plan
+
+    def fit(self, most: int, samples: int | None = None) -> Fit:
+        """Find the largest micro-batch up to `most` that fits into the free memory with `samples` per iteration."""
+        trained = sum(p.nbytes for p in self.parameters)
+        later = trained * (1 if self.optimizer.state else 3)  # a gradient, and moments that are not there yet
+        device = self.policy.device
+        samples = samples or self.config.num_samples
+        return find_micro_batch(self.try_micro_batch, samples, device, later=later, most=most)
+
+    def try_micro_batch(self, size: int) -> float:
+        """Sample, decode and replay a step of `size` samples with its gradient, and forget it: no weight changes.
+
+        Returns:
+            Bytes per sample that would wait on the device for the update.
+        """
+        pixels = [math.prod(p.call.get(key, 1) for key in ("height", "width", "num_frames")) for p in self.prompts]
+        entry, seeds = self.prompts[pixels.index(max(pixels))], list(range(size))
+        batch = PromptBatch([entry.text] * size, [0] * size, seeds, seeds, size, [entry] * size)
+        before, self.micro_batch = self.micro_batch, size
+        try:
+            with torch.random.fork_rng():
+                (((traj, frames),), plan) = self._rollout(batch, 0)
+                steps = sorted({plan[0][0], plan[0][-1]})  # of both denoisers, where there are two
+                even = torch.ones(size, *traj.latent_shape[1:], device=self.policy.device)
+                self._accumulate(traj, even, steps, weight=1.0, totals=defaultdict(list))
+        finally:
+            self.micro_batch = before
+            self.optimizer.zero_grad(set_to_none=True)
+        on_device = not self.config.sampling.store_on_cpu or self.policy.device.type == "cpu"
+        return waiting_bytes(traj, frames, on_device=on_device)
+
+    def _memory_advice(self) -> str:
+        self.optimizer.zero_grad(set_to_none=True)
+        return advice(self.config, self.policy.device, self.fit, self.micro_batch)
 
     def maps_of(self, found: Experience, iteration: int, source: MapSource | None = None) -> list[Tensor]:
         """Make the maps of every bucket, by the configured source or another."""
@@ -363,47 +423,3 @@ def _buckets(decoded: list[tuple[Trajectory, Tensor]]) -> list[Bucket]:
         prompts = [prompt for traj, _ in pairs for prompt in traj.prompts]
         found.append(Bucket(torch.cat([frames for _, frames in pairs]), prompts, grid))
     return found
-
-
-def _mean_statistics(maps: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Statistics of maps of one or several shapes, weighted by the number of samples; counts are summed."""
-    if len(maps) == 1:
-        return map_statistics(maps[0])
-    found = [map_statistics(part) for part in maps]
-    weights = torch.tensor([float(len(part)) for part in maps], device=maps[0].device)
-    weights = weights / weights.sum()
-    mean = {name: (torch.stack([f[name].float() for f in found]) * weights).sum() for name in found[0]}
-    return {
-        **mean,
-        "constant": torch.stack([f["constant"] for f in found]).sum(),
-        "max": torch.stack([f["max"] for f in found]).amax(),
-    }
-
-
-def make_policy(config: Config, *, trainable: bool = True) -> DiffusersPolicy:
-    """Build the policy of a config; without adapter and gradients where it is not `trainable`."""
-    model = config.model
-    lora = LoraConfig(
-        r=model.lora_rank,
-        lora_alpha=model.lora_alpha,
-        init_lora_weights="gaussian",
-        target_modules=model.lora_targets or LORA_TARGETS,
-    )
-    train: Training = lora if model.train == "lora" else "full"
-    chosen = train if model.denoisers is None else dict.fromkeys(model.denoisers, train)
-    policy = DiffusersPolicy(
-        model.path,
-        kernel=config.sampling.kernel,
-        eta=config.sampling.eta,
-        shift=config.sampling.shift,
-        unconditional=config.sampling.unconditional,
-        offload=model.offload,
-        train=chosen if trainable else "none",
-        dtype=getattr(torch, model.dtype),
-        autocast=getattr(torch, model.autocast) if model.autocast else None,
-        device=model.device,
-    )
-    enable_vae(policy.pipeline, tiling=model.vae_tiling, slicing=model.vae_slicing)
-    if model.compile:
-        compile_blocks(policy.denoisers)
-    return policy

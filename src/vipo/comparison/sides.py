@@ -12,6 +12,7 @@ from typing import Any
 
 import diffusers
 
+from ..build import make_policy
 from ..checkpoint import list_checkpoints
 from ..config import Config
 from ..loading import load_lora, pipeline_folder
@@ -19,7 +20,6 @@ from ..named import apply_overrides
 from ..policy import DiffusersPolicy
 from ..runlog import CONFIG
 from ..scheduler import is_flow
-from ..trainer import make_policy
 
 _PARTS = (".safetensors", ".json", ".txt", ".model", ".jinja")
 """Suffixes of what a pipeline reads from its folder: weights, configs, tokenizers."""
