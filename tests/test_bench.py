@@ -223,6 +223,14 @@ def test_the_committed_numbers_are_of_the_shipped_recipes_and_sum_up():
     assert f"{script.BEGIN}\n{script.table(COMMITTED)}\n{script.END}" in page
 
 
+def test_the_scaling_page_is_of_the_committed_numbers():
+    docs = BENCH.parents[1] / "docs"
+    gathered = json.loads((docs / "scaling.json").read_text())
+    text = script.scaling(COMMITTED, gathered)
+    assert f"{script.BEGIN}\n{text}\n{script.END}" in (docs / "scaling.md").read_text()
+    assert script.units(Config.from_yaml(script.RECIPES["sd15_ddim"])) == gathered["sd15_ddim"]
+
+
 @pytest.mark.parametrize("name", BILLIONS)
 def test_parts_have_their_published_sizes(name):
     for part, billions in BILLIONS[name].items():

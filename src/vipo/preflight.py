@@ -185,8 +185,9 @@ def _map(trainer: Trainer, maps: Tensor, traj: Trajectory) -> Finding:
     change = float((gradients[0] - gradients[1]).norm() / gradients[0].norm().clamp_min(1e-30))
     label, level = trainer.config.map.label, trainer.config.loss.level
     detail = (
-        f"{label}: entropy {statistics['entropy']:.2f} of 1, mean {statistics['mean']:.2f}, max {statistics['max']:.2f}, "
-        f"border to centre {statistics['border_to_centre']:.2f}, {statistics['constant']} of {len(maps)} constant; "
+        f"{label}: entropy {statistics['entropy']:.2f} of 1, mean {statistics['mean']:.2f}, "
+        f"max {statistics['max']:.2f}, border to centre {statistics['border_to_centre']:.2f}, "
+        f"{statistics['constant']} of {len(maps)} constant; "
         f"against an even map it changes the gradient by {change:.0%} (level {level})"
     )
     if label == "ones":
