@@ -65,7 +65,8 @@ def per_rank(held: dict[str, Any], units: dict[str, int] | None, ranks: int, *, 
     work = max(found["activations of a step"], held["decode"])
     visits = [size + decode.get(name, 0) for name, size in idle.items()]
     total = always + (max(found["activations of a step"], *visits) if offload else sum(idle.values()) + work)
-    return found | idle | {"VAE, decoding": held["decode"], "total": total}
+    result: dict[str, int] = found | idle | {"VAE, decoding": held["decode"], "total": total}
+    return result
 
 
 _TRAINED = {"trained weights": "weights", "gradients": "gradients", "AdamW": "adamw"}

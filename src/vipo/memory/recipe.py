@@ -84,7 +84,9 @@ def recorded(config: Config, model: Model, latents: Latents, inputs: dict[str, A
     itemsize: int = 4 if model.family.float32_latents else getattr(torch, config.model.dtype).itemsize
     log_probs = elements * (sampled * (sampling.window or end - first) + waiting * steps) * 4
     reference = elements * n * steps * 4 if config.loss.kl_beta > 0 else 0
-    embeddings = sum(inputs[name].nbytes for name in ("encoder_hidden_states", "pooled_projections") if name in inputs)
+    embeddings: int = sum(
+        inputs[name].nbytes for name in ("encoder_hidden_states", "pooled_projections") if name in inputs
+    )
     frames = n * 3 * latents.pixels * 4
     return (
         elements * kept * itemsize
