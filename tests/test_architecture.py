@@ -44,11 +44,14 @@ LAYERS = [
         "changes",
     },
     {"scheduler", "pipelines", "rewards", "maps", "reward_maps", "pictures"},
-    {"policy"},
-    {"checkpoint", "runlog", "session", "evaluation", "report", "held_out", "watch"},
+    {"policy", "memory"},
+    {"build", "checkpoint", "runlog", "session", "evaluation", "report", "held_out", "watch"},
+    {"safety", "fitting"},
+    {"rollouts"},
     {"trainer"},
     {"preflight", "signal", "demo_kinds", "inspection", "comparison"},
     {"demo"},
+    {"arguments"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

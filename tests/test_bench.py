@@ -10,9 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import memory
+import memory as script
 import options
-import published
 import pytest
 import torch
 from peft import LoraConfig
@@ -21,7 +20,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._pytree import tree_leaves
 
-from vipo import Config, DiffusersPolicy
+from vipo import Config, DiffusersPolicy, memory
+from vipo.memory import live, published
+from vipo.memory.recipe import peaks, recorded
 from vipo.trainable import LORA_TARGETS
 
 BENCH = Path(__file__).parents[1] / "bench" / "psm.py"
@@ -113,10 +114,10 @@ def tiny_denoisers(name, grid, samples=2, tokens=20):
 def test_the_meta_device_counts_what_real_tensors_take(name, checkpointing):
     (real, ones), (meta, arguments) = tiny_denoisers(name, MODELS[name].grid)
     if checkpointing:
-        memory.use_checkpointing(real)
-        memory.use_checkpointing(meta)
-    kept, peak = memory.replayed_step(meta, arguments)
-    assert (kept, peak) == memory.replayed_step(real, ones)
+        live.use_checkpointing(real)
+        live.use_checkpointing(meta)
+    kept, peak = live.replayed_step(meta, arguments)
+    assert (kept, peak) == live.replayed_step(real, ones)
     assert 0 < kept < peak
 
 
@@ -133,10 +134,10 @@ def test_what_is_kept_is_what_autograd_saves(name):
             saved[storage._cdata] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), memory.Kernels():
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), live.Kernels():
         output = real(**ones, return_dict=False)[0]
     keep(output)
-    assert memory.replayed_step(real, ones)[0] == sum(storage.nbytes() for storage in saved.values())
+    assert live.replayed_step(real, ones)[0] == sum(storage.nbytes() for storage in saved.values())
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -144,15 +145,15 @@ def test_what_is_kept_is_what_autograd_saves(name):
 def test_the_peak_is_the_allocators(name, checkpointing):
     (real, ones), (meta, arguments) = tiny_denoisers(name, MODELS[name].grid)
     if checkpointing:
-        memory.use_checkpointing(real)
-        memory.use_checkpointing(meta)
+        live.use_checkpointing(real)
+        live.use_checkpointing(meta)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        with memory.Kernels():
+        with live.Kernels():
             output = real(**ones, return_dict=False)[0]
         torch.autograd.backward(output, torch.empty_like(output))
     events = sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     allocated = itertools.accumulate(event.nbytes() for event in events if event.name() == "[memory]")
-    assert memory.replayed_step(meta, arguments)[1] == pytest.approx(max(allocated), rel=0.06)  # CPU kernels' scratch
+    assert live.replayed_step(meta, arguments)[1] == pytest.approx(max(allocated), rel=0.06)  # CPU kernels' scratch
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
@@ -164,9 +165,9 @@ def test_the_denoiser_is_called_as_its_pipeline_calls_it(name):
     policy.rollout(["a red hat"] * 2, seeds=[0, 1], num_inference_steps=2, **family.call)
     args, kwargs = calls[0]
     real = {**dict(zip(("sample", "timestep"), args, strict=False)), **kwargs}
-    model = next(m for m in published.MODELS.values() if m.inputs is ARGUMENTS[name])
-    assert len(real["encoder_hidden_states"]) == (4 if model.guidance == "doubled" else 2)
-    assert len(calls) == (4 if model.guidance == "two calls" else 2)
+    model = next(m for m in published.MODELS.values() if m.family.inputs is ARGUMENTS[name])
+    assert len(real["encoder_hidden_states"]) == (4 if model.family.guidance == "doubled" else 2)
+    assert len(calls) == (4 if model.family.guidance == "two calls" else 2)
     (samples, tokens), dtype = real["encoder_hidden_states"].shape[:2], torch.float32
     ours = ARGUMENTS[name](policy.denoiser.config, published.Call(samples, family.grid, tokens, dtype))
     assert described(ours) == described(real)
@@ -193,31 +194,41 @@ def test_the_recorded_bytes_are_those_of_a_trajectory():
     )
     model = published.MODELS["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"]
     call = published.Call(2, family.grid, 32, torch.float32)
-    ours = memory.recorded(config, model, published.wan(policy.denoiser.config, call), 2)
+    latents = published.Latents(16, (3, 8, 6), 9 * 64 * 48)
+    assert model.latents(config, None) == latents
+    ours = recorded(config, model, latents, published.wan(policy.denoiser.config, call), 2)
     assert ours == stored + 2 * policy.decode(traj).nbytes
 
 
 def test_autocast_keeps_normalisations_in_float32_and_products_in_its_dtype():
-    x, kernels = torch.ones(1, 4, 4), memory.Kernels(torch.float16)
+    x, kernels = torch.ones(1, 4, 4), live.Kernels(torch.float16)
     with kernels:
         assert torch.nn.functional.linear(x, x[0]).dtype == torch.float16
         assert torch.nn.functional.layer_norm(x.half(), (4,)).dtype == torch.float32
 
 
 def test_the_committed_numbers_are_of_the_shipped_recipes_and_sum_up():
-    assert list(COMMITTED) == list(memory.RECIPES) and not any(name.startswith("nano") for name in COMMITTED)
+    assert list(COMMITTED) == list(script.RECIPES) and not any(name.startswith("nano") for name in COMMITTED)
     for name, recipe in COMMITTED.items():
         held = recipe["bytes"]
         state = held["denoiser"] + sum(held["trained"].values()) + held["recorded"]
         work = max(held["update"]["peak"], held["decode"])
-        assert recipe["peak"] == memory.peaks(held)
+        assert recipe["peak"] == peaks(held)
         assert recipe["peak"]["all resident"] == state + sum(held["idle"].values()) + work
         assert state + held["update"]["peak"] <= recipe["peak"]["idle parts off"] <= recipe["peak"]["all resident"]
         assert sum(held["trained"].values()) == 16 * recipe["parameters"]["trained"]
         assert recipe["flops"]["update"] > 2 * recipe["flops"]["forward"]
-        assert Config.from_yaml(memory.RECIPES[name]).run.iterations == recipe["iterations"]
+        assert Config.from_yaml(script.RECIPES[name]).run.iterations == recipe["iterations"]
     page = (BENCH.parents[1] / "docs" / "models.md").read_text()
-    assert f"{memory.BEGIN}\n{memory.table(COMMITTED)}\n{memory.END}" in page
+    assert f"{script.BEGIN}\n{script.table(COMMITTED)}\n{script.END}" in page
+
+
+def test_the_scaling_page_is_of_the_committed_numbers():
+    docs = BENCH.parents[1] / "docs"
+    gathered = json.loads((docs / "scaling.json").read_text())
+    text = script.scaling(COMMITTED, gathered)
+    assert f"{script.BEGIN}\n{text}\n{script.END}" in (docs / "scaling.md").read_text()
+    assert script.units(Config.from_yaml(script.RECIPES["sd15_ddim"])) == gathered["sd15_ddim"]
 
 
 @pytest.mark.parametrize("name", BILLIONS)
@@ -229,7 +240,8 @@ def test_parts_have_their_published_sizes(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sd35_medium", "wan21_1b"])
 def test_the_committed_numbers_are_found_again(name):
-    assert memory.measure(Config.from_yaml(memory.RECIPES[name])) == COMMITTED[name]
+    config = Config.from_yaml(script.RECIPES[name])
+    assert memory.measure(config, memory.find_model(config)) == COMMITTED[name]
 
 
 def test_options_are_compared_in_turns(monkeypatch):

@@ -226,8 +226,9 @@ def test_a_nan_reward_names_the_sample_and_loses_nothing(tmp_path, monkeypatch, 
     error = fails(capsys, "train", "run.yaml", *SMALL)
     assert "reward 'bad_reward:nan' returned nan for sample 0 of 2, prompt" in error
     assert "reward.on_failure=drop" in error
-    assert not Path("out").exists()
-    Path("out").mkdir()
+    assert [path.name for path in Path("out").iterdir()] == ["debug"]
+    assert error.rstrip().endswith(f"debug bundle: {Path('out/debug/iteration_000001')}")
+    assert "debug bundle" in fails(capsys, "train", "run.yaml", *SMALL)  # the bundle alone is no run: it may be written
     Path("out/config.yaml").write_text("model: {path: nano}\n")
     fails(capsys, "train", "run.yaml", *SMALL, "--overwrite")  # the earlier run goes only when the first step is done
     assert Path("out/config.yaml").read_text() == "model: {path: nano}\n"

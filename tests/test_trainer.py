@@ -265,7 +265,7 @@ def test_a_window_of_the_untrained_expert_is_one_clear_line(tmp_path):
     traj = trainer.policy.rollout(["a"], seeds=[1], num_inference_steps=4, height=32, width=32, **CALL)
     traj.keep([])
     with pytest.raises(ValueError, match="sampling.window: none of the stochastic steps .* set sampling.window_range"):
-        trainer._choose_steps(traj, 0)
+        trainer.rollouts._choose_steps(traj, 0)
 
 
 def test_a_config_sets_the_pipelines_options(tmp_path):

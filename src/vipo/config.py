@@ -105,10 +105,15 @@ class SamplingConfig(Section):
     """Steps per move of a sliding window. MixGRPO: 1."""
     same_initial_noise: bool = True
     """Start all samples of a group from the same noise, as the ViPO paper does."""
-    micro_batch: Positive | None = None
-    """Samples per rollout and replay call; null for all samples of an iteration at once. Lower it to save memory."""
+    micro_batch: Positive | Literal["auto"] | None = None
+    """Samples per rollout and replay call; null for all of an iteration; auto for the most that memory holds."""
     store_on_cpu: bool = False
     """Keep the latents and log-probs of the trained steps on the CPU between rollout and update."""
+
+    @property
+    def given_micro_batch(self) -> int | None:
+        """`micro_batch` where it is a number."""
+        return None if self.micro_batch == "auto" else self.micro_batch
 
     @property
     def reach(self) -> tuple[int, int]:
@@ -268,6 +273,8 @@ class OptimizerConfig(Section):
     """AdamW's. The ViPO paper: 1e-4."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """The gradient is scaled down to this norm."""
+    skip_nonfinite: Annotated[int, Field(ge=0)] = 0
+    """Iterations of a run that may be skipped for a NaN or infinite tensor, weights untouched; 0 stops at the first."""
     updates_per_rollout: Positive = 1
     """Optimizer steps per rollout: the trained steps are shuffled and split between them. 1 is on-policy."""
     epochs: Positive = 1

@@ -152,7 +152,7 @@ class HeldOut:
         noise = [noise_seed(prompt, j, 0) for prompt in self.prompts for j in range(seeds)]
         rewards: dict[str, list[Tensor]] = {name: [] for name in self.rewards}
         features: list[Tensor] = []
-        for batch in split_batches(entries, sampling.micro_batch or BATCH):
+        for batch in split_batches(entries, sampling.given_micro_batch or BATCH):
             texts = [entries[i].text for i in batch]
             frames = self.policy.generate(
                 texts,

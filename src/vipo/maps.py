@@ -23,7 +23,7 @@ from .files import path_below
 from .media import read_frames
 from .named import calling, import_function
 from .psm import LatentAllocation, PerceptualStructuring, control_maps, map_statistics
-from .types import check_shape
+from .types import check_shape, require_finite
 
 # Controls that do not depend on the map they stand for: no source is loaded or run for them.
 CONTENT_FREE = ("ones", "centre")
@@ -124,7 +124,8 @@ class MapSource:
             (N, T, H, W), float32, >= 0, on the frames' device.
 
         Raises:
-            ValueError: no credit where the source is the reward, or maps that are not (N, F, h, w), finite and >= 0.
+            ValueError: no credit where the source is the reward, or maps that are not (N, F, h, w) and >= 0.
+            NonFiniteError: a map with NaN or infinite values.
         """
         if self.content_free:
             blank = torch.ones(len(frames), *latent_shape, device=frames.device)
@@ -157,6 +158,7 @@ class MapSource:
             )
         credit = torch.as_tensor(credit)
         check_shape(f"map of {self.source}", credit, "N F h w", {"N": len(frames), "F": frames.shape[1]})
+        require_finite(f"map of {self.source}", credit, prompts)
         low, high = (float(bound) for bound in credit.aminmax())
         if not (low >= 0 and high < LARGEST):
             raise ValueError(

@@ -26,7 +26,7 @@ from .losses import reference_kl
 from .offload import IdleParts, Offload
 from .scheduler import Recording, SamplerSettings, Scoring, Transition, require_all_steps, stochastic_scheduler
 from .trainable import Training, prepare_training
-from .types import Trajectory, find_device
+from .types import Trajectory, find_device, require_finite_steps
 
 OnStep = Callable[..., None]
 
@@ -212,6 +212,7 @@ class DiffusersPolicy:
             )
         for k in set(recording.records) - set(ran):  # of an expert that is not trained: no gradient
             recording.records[k].log_probs = None
+        require_finite_steps(recording.records, prompts)
         pipelines.check_replayable(self.pipeline, prepared, recording.records)
         final = list(recording.records.values())[-1].next_latents
         unknown = torch.empty(0), (0, 0, 0, 0)

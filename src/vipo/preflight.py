@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .advantages import pixel_advantages
-from .config import Config, MapConfig
-from .losses import policy_loss
+from .config import Config
+from .fitting import larger_knobs
+from .losses import LossStats, policy_loss
 from .offload import visiting
 from .policy import DiffusersPolicy
 from .psm import map_statistics
@@ -23,6 +26,9 @@ from .types import Trajectory
 
 DRIFT = 1e-3
 """Largest difference of a replayed log-prob, in nats per element, that still counts as exact in reduced precision."""
+
+MOST_CLIPPED = 0.5
+"""Share of ratios clipped after one optimizer step, above which several updates per rollout are mostly thrown away."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,7 @@ def preflight(config: Config) -> list[Finding]:
     """
     small = config.model_dump()
     small["prompts"].update(per_iteration=1, group_size=2)
+    small["sampling"]["micro_batch"] = config.sampling.given_micro_batch
     findings = [_output(config)]
     trainer = Trainer(Config.model_validate(small))
     policy, prompts = trainer.policy, trainer.prompts
@@ -72,7 +79,7 @@ def preflight(config: Config) -> list[Finding]:
     rollout = time.perf_counter() - started
     c, t, h, w = traj.latent_shape
     findings.append(Finding("rollout", True, f"{rollout / 2:.2f} s per sample; latents C={c} T={t} H={h} W={w}"))
-    findings.append(_replay(policy, traj))
+    findings.append(_replay(policy, traj, config))
     frames = policy.decode(traj)
     offload = config.model.offload
     with visiting(trainer.reward.rewards.values(), policy.device, offload):
@@ -84,16 +91,57 @@ def preflight(config: Config) -> list[Finding]:
     ]
     findings.append(Finding("reward", finite, "; ".join(found)))
     with visiting([trainer.map_source.backbone], policy.device, offload):
-        findings.append(_map(trainer, frames, traj, credit))
+        grid = traj.latent_shape[1:]
+        maps = trainer.allocation_maps(frames, traj.prompts, grid, iteration=0, credit=credit)
+        findings.append(_map(trainer, maps, traj, config.map.label))
     if trainer.reward_maps:
         with visiting([trainer.reward_maps.backbone], policy.device, offload):
             for name, section in trainer.reward_maps.sections.items():
-                own = _map(trainer, frames, traj, credit, section)
-                findings.append(replace(own, name=f"map of {name}"))
-    if not finite:
-        return findings
-    findings.append(_one_step(trainer, config))
+                source = trainer.reward_maps.sources[section]
+                own = trainer.allocation_maps(frames, traj.prompts, grid, iteration=0, credit=credit, source=source)
+                findings.append(replace(_map(trainer, own, traj, section.label), name=f"map of {name}"))
+    findings.append(_memory(trainer, config))
+    if finite and findings[-1].ok:
+        findings += [_one_step(trainer, config), _clipping(trainer, maps, traj)]
     return findings
+
+
+def _memory(trainer: Trainer, config: Config) -> Finding:
+    """Try one sample and two, and draw the line to the configured micro-batch: base + slope n bytes."""
+    used, auto = config.sampling.given_micro_batch or config.num_samples, config.sampling.micro_batch == "auto"
+    samples = config.num_samples
+    fit = trainer.fit(samples if auto else min(2, used), samples=samples)
+    size = fit.micro_batch if auto else used
+    need = fit.need(size)
+    detail = (
+        f"sampling, decoding and replay of {size} at once need {need / 2**20:,.0f} MiB of {fit.limit / 2**20:,.0f} MiB "
+        f"that may be used; tried {', '.join(map(str, fit.needs))}"
+    )
+    if size == 0 or need > fit.limit:
+        return Finding("memory", False, f"{detail}; what helps: {larger_knobs(config, trainer.policy.device)}")
+    return Finding("memory", True, detail)
+
+
+def _clipping(trainer: Trainer, maps: Tensor, traj: Trajectory) -> Finding:
+    """Replay a rollout from before the one step: what share of its ratios is clipped now, with advantages +1 and -1."""
+    settings, optimizer = trainer.config.loss, trainer.config.optimizer
+    advantages = pixel_advantages(torch.tensor([1.0, -1.0], device=maps.device), maps)
+    found: list[LossStats] = []
+
+    def on_step(k: int, log_probs: Tensor, old_log_probs: Tensor) -> None:
+        reduction = settings.channel_reduction
+        options: dict[str, Any] = {"level": settings.level, "channel_reduction": reduction}
+        found.append(policy_loss(log_probs, old_log_probs, advantages, clip_range=settings.clip_range, **options)[1])
+
+    with torch.no_grad():
+        trainer.policy.replay(traj, on_step=on_step)
+    clipped = float(torch.stack([stats.clip_fraction for stats in found]).mean())
+    largest = float(torch.stack([stats.ratio_max for stats in found]).max())
+    detail = f"after one optimizer step {clipped:.0%} of the ratios are clipped, the largest is {largest:.3g}"
+    if optimizer.updates_per_rollout * optimizer.epochs == 1:
+        return Finding("clipping", math.isfinite(largest), f"{detail}; one update per rollout never meets this")
+    reason = "; lower optimizer.learning_rate or raise loss.clip_range" if clipped > MOST_CLIPPED else ""
+    return Finding("clipping", clipped <= MOST_CLIPPED, detail + reason)
 
 
 def _one_step(trainer: Trainer, config: Config) -> Finding:
@@ -124,30 +172,29 @@ def _output(config: Config) -> Finding:
     return Finding("output", True, f"{config.run.output} is free")
 
 
-def _replay(policy: DiffusersPolicy, traj: Trajectory) -> Finding:
+def _replay(policy: DiffusersPolicy, traj: Trajectory, config: Config) -> Finding:
     """Replay every stochastic step under the same weights: the log-probs must be the rollout's."""
     drift: list[Tensor] = []
     with torch.no_grad():
         policy.replay(traj, on_step=lambda k, new, old: drift.append((new - old).abs().max()))
     largest = float(torch.stack(drift).max())
-    return Finding("replay", largest <= DRIFT, f"log-probs differ from the rollout's by at most {largest:.2g} nats")
+    precision = config.model.autocast or config.model.dtype
+    detail = f"in {precision}, log-probs differ from the rollout's by at most {largest:.2g} nats"
+    reason = "" if largest <= DRIFT else f", more than {DRIFT}: the ratios start wrong; try model.dtype=float32"
+    return Finding("replay", largest <= DRIFT, detail + reason)
 
 
-def _map(
-    trainer: Trainer, frames: Tensor, traj: Trajectory, credit: Tensor | None, section: MapConfig | None = None
-) -> Finding:
+def _map(trainer: Trainer, maps: Tensor, traj: Trajectory, label: str) -> Finding:
     """The map and its own mean everywhere must give different gradients, or the map has no effect."""
-    source = trainer.reward_maps.sources[section] if trainer.reward_maps and section else None
-    maps = trainer.allocation_maps(
-        frames, traj.prompts, traj.latent_shape[1:], iteration=0, credit=credit, source=source
-    )
     statistics = map_statistics(maps)
     even = maps.mean((1, 2, 3), keepdim=True).expand_as(maps)
     gradients = [_gradient(trainer, traj, m) for m in (maps, even)]
     change = float((gradients[0] - gradients[1]).norm() / gradients[0].norm().clamp_min(1e-30))
-    label, level = (section or trainer.config.map).label, trainer.config.loss.level
+    level = trainer.config.loss.level
     detail = (
-        f"{label}: entropy {statistics['entropy']:.2f} of 1, {statistics['constant']} of {len(maps)} constant; "
+        f"{label}: entropy {statistics['entropy']:.2f} of 1, mean {statistics['mean']:.2f}, "
+        f"max {statistics['max']:.2f}, border to centre {statistics['border_to_centre']:.2f}, "
+        f"{statistics['constant']} of {len(maps)} constant; "
         f"against an even map it changes the gradient by {change:.0%} (level {level})"
     )
     if label == "ones":
@@ -156,7 +203,8 @@ def _map(
         return Finding(
             "map", False, f"{detail}: at level sample a map acts through its mean only; set loss.level=position"
         )
-    return Finding("map", change > 1e-3, detail)
+    reason = "" if change > 1e-3 else ": the map does not act; look at it with vipo maps"
+    return Finding("map", change > 1e-3, detail + reason)
 
 
 def _gradient(trainer: Trainer, traj: Trajectory, maps: Tensor) -> Tensor:

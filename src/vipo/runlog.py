@@ -24,6 +24,8 @@ from .pictures import clip_grid, film_strip, overlay, overlay_clips, sheet, smal
 from .psm.latent_grid import frame_groups, spread_time
 
 CONFIG, METRICS, SUMMARY = "config.yaml", "metrics.jsonl", "summary.json"
+BUNDLES = "debug"
+"""Folder of debug bundles (`vipo.safety`); alone it is no run, and a new run removes it."""
 CLIP_FPS = 8.0
 """Of the animations of samples and maps, whose own rate no tensor states."""
 
@@ -46,7 +48,8 @@ def check_output(folder: Path, *, resume: bool = False, overwrite: bool = False)
         raise ValueError(
             f"run.output: {folder} already holds a run; give --resume, --overwrite or another --run.output"
         )
-    if folder.is_dir() and not (holds_run or began) and any(folder.iterdir()):
+    foreign = folder.is_dir() and any(entry.name != BUNDLES for entry in folder.iterdir())
+    if foreign and not (holds_run or began):
         raise ValueError(f"run.output: {folder} is not empty and holds no run; give another --run.output")
     if not os.access(parent, os.W_OK):
         raise ValueError(f"run.output: cannot write to {parent}; give another --run.output")
@@ -164,10 +167,10 @@ def write_summary(folder: Path, values: dict[str, Any]) -> None:
     write_atomically(folder / SUMMARY, json.dumps(values, indent=1) + "\n")
 
 
-def mean_reward(folder: Path, iterations: int) -> float:
-    """Mean reward of the last iterations in metrics.jsonl, as many as there are."""
-    rewards = [line["reward_mean"] for line in read_metrics(folder)[-iterations:]]
-    return float(np.mean(rewards))
+def mean_reward(folder: Path, iterations: int) -> float | None:
+    """Mean reward of the last iterations in metrics.jsonl, as many as there are; None where all were skipped."""
+    rewards = [line["reward_mean"] for line in read_metrics(folder)[-iterations:] if "reward_mean" in line]
+    return float(np.mean(rewards)) if rewards else None
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

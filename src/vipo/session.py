@@ -158,10 +158,10 @@ class Session:
         )
         self.ranks.barrier()
 
-    def end(self, iteration: int, *, stopped: bool) -> None:
-        """Write the summary: the run has finished, or was stopped."""
+    def end(self, iteration: int, *, stopped: bool, **facts: Any) -> None:
+        """Write the summary, with further facts: the run has finished, or was stopped."""
         if not self.ranks.main:
             return
         found: dict[str, Any] = {"kind": "train", "state": "stopped" if stopped else "finished"}
-        found |= {"iterations": iteration, "ranks": self.ranks.world}
+        found |= {"iterations": iteration, "ranks": self.ranks.world, **facts}
         write_summary(self.folder, {**found, "seconds": round(self.seconds, 2), **versions()})

@@ -2,44 +2,47 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
+import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from torch import Tensor
 
-from .advantages import mixed_pixel_advantages, pixel_advantages, reward_advantages, weighted_advantages
+from .advantages import mixed_pixel_advantages, pixel_advantages
+from .build import make_policy as make_policy
 from .config import Config
-from .distributed import Ranks, shard, start, whole
+from .distributed import start, whole
 from .ema import WeightAverage
+from .fitting import Fit, OutOfMemory, advice, find_micro_batch, larger_knobs, waiting_bytes, within_memory
 from .losses import LossStats, policy_loss
 from .maps import MapSource, mean_statistics
 from .offload import visiting
-from .pipelines import compile_blocks, enable_vae
 from .policy import DiffusersPolicy
-from .prompts import prompt_batch, read_prompts, split_batches
+from .prompts import read_prompts
 from .psm import PerceptualStructuring
 from .psm.latent_grid import frame_groups
 from .reward_maps import RewardMaps
 from .rewards import Reward, load_rewards
-from .rewards.background import Background, Scoring, afterwards
+from .rewards.background import afterwards
 from .rewards.mixture import RewardMixture
 from .rng import seed_all
-from .runlog import PhaseClock
+from .rollouts import Rollouts
+from .runlog import PhaseClock, read_metrics
+from .safety import NonFiniteGuard, evidence, require_finite_gradients, undone_if_not_finite
 from .schedule import learning_rate
 from .session import Resume, Session
-from .trainable import LORA_TARGETS, Training
-from .types import Bucket, Experience, PromptBatch, Trajectory, require_finite
+from .types import Experience, PromptBatch, Trajectory, require_finite
 from .watch import Watch
-from .windows import stochastic_window
 
 _NOT_MEANS = {"sums": ("constant",), "maxima": ("max",)}
 """Map statistics that are not means over samples."""
+
+
+log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -68,8 +71,13 @@ class Trainer:
             torch.set_num_threads(config.run.threads)
         self.prompts = read_prompts(config.prompts.path)
         self.ranks = start(device=config.model.device, timeout=config.parallel.timeout)
+        if self.ranks.world > 1 and config.optimizer.skip_nonfinite:
+            raise ValueError("optimizer.skip_nonfinite: with several ranks only 0: they cannot skip each for itself")
         seed_all(config.run.seed)  # the adapter's initial weights
-        self.policy = policy or make_policy(config, ranks=self.ranks)
+        self.policy = policy or within_memory(
+            lambda: make_policy(config, ranks=self.ranks),
+            lambda: f"what saves memory: {larger_knobs(config, torch.device('cuda'))}",
+        )
         waits = "cpu" if config.model.offload != "none" else self.policy.device
         weights = config.reward.weights
         if reward is not None and len(weights) > 1:
@@ -77,8 +85,6 @@ class Trainer:
         given = None if reward is None else dict.fromkeys(weights, reward)
         rewards = given or load_rewards(list(weights), waits, config.reward.paths, config.reward.options)
         self.reward = RewardMixture(rewards, weights)
-        overlap = config.reward.asynchronous
-        self.scoring = Background(self.policy.device, config.model.offload) if overlap else afterwards
         self.map_source = MapSource(config.map, waits, psm=psm)
         own = config.reward_maps
         self.reward_maps = RewardMaps(config.map, self.map_source, own, list(weights), waits) if own else None
@@ -96,7 +102,21 @@ class Trainer:
         self.ema = WeightAverage(self.parameters, config.optimizer.ema) if config.optimizer.ema else None
         self.iteration = 0
         self.frames = self.maps = torch.empty(0)
-        self.watch = Watch(config, self.policy, self.reward.rewards, self.map_source)
+        self.watch = Watch(config, self.policy, self.reward.rewards, self.map_source, write=self.ranks.main)
+        self.rollouts = Rollouts(config, self.prompts, self.policy, self.reward, self.ranks)
+        self._auto = config.sampling.micro_batch == "auto"
+        if self._auto:
+            fit = self.fit(config.num_samples)
+            if fit.micro_batch == 0:
+                knobs = larger_knobs(config, self.policy.device)
+                raise OutOfMemory(f"sampling.micro_batch=auto: not even one sample fits ({fit}); what helps: {knobs}")
+            self.rollouts.micro_batch = fit.micro_batch
+            log.info("sampling.micro_batch: %d of %d samples (%s)", fit.micro_batch, config.num_samples, fit)
+
+    @property
+    def micro_batch(self) -> int:
+        """Samples per rollout and replay call."""
+        return self.rollouts.micro_batch
 
     def run(
         self,
@@ -114,34 +134,52 @@ class Trainer:
             mode: "no" needs a new directory; "resume" continues its newest checkpoint; "overwrite" starts again.
             allow_changes: resume with a config that differs from the checkpoint's, see `vipo.changes.check_changes`.
             stop: asked after each iteration; True saves and ends the run.
-            on_iteration: called after each iteration with its 1-based number and metrics (a progress bar).
+            on_iteration: called after each iteration that was not skipped, with its 1-based number and metrics.
+
+        Raises:
+            FloatingPointError: a tensor is not finite and `optimizer.skip_nonfinite` iterations have been skipped.
         """
         run = self.config.run
         with Session(self.config, mode, self.prompts, self.policy, self.optimizer, self.ema, self.ranks) as session:
             if mode == "resume":
                 self.iteration = session.resume(allow_changes=allow_changes)
+            chosen = [line["micro_batch"] for line in read_metrics(run.output) if "micro_batch" in line]
+            if self._auto and self.iteration and chosen:
+                self.rollouts.micro_batch = chosen[-1]  # a resumed run goes on with its numbers
             self.watch.begin(run.output, self.iteration)
-            stopped = self.watch.stops
-            first = self.step(self.iteration) if self.iteration < run.iterations and not stopped else None
+            stopped, guard = self.watch.stops, NonFiniteGuard(self.config, self.rollouts.batch, done=self.iteration)
+            begins = self.iteration < run.iterations and not stopped
+            first = guard.attempt(self.step, self.iteration, again=True) if begins else None
             session.begin(self.iteration)
             self.watch.open(session)
             while self.iteration < run.iterations and not stopped:
-                metrics, first = first or self.step(self.iteration), None
+                metrics, first = first or guard.attempt(self.step, self.iteration), None
                 self.iteration += 1
                 metrics = self.watch(run.output, self.iteration, metrics)
                 session.metrics(self.iteration, metrics)
+                trained = "skipped" not in metrics
                 last = self.iteration == run.iterations or self.watch.stops
                 stopped = self.watch.stops or self.ranks.any(stop is not None and stop())
-                if self.iteration == 1 or last or self.iteration % run.sample_every == 0:
+                if trained and (self.iteration == 1 or last or self.iteration % run.sample_every == 0):
                     session.pictures(self.iteration, self.frames, self.maps)
                 if last or stopped or self.iteration % run.save_every == 0:
+                    guard.check_state(self.iteration, self.policy.trainable_parameters(), self.optimizer)
                     session.save(self.iteration)
-                if on_iteration:
+                if on_iteration and trained:
                     on_iteration(self.iteration, metrics)
             self.watch.close(session.checkpoints)
-            session.end(self.iteration, stopped=stopped)
+            session.end(self.iteration, stopped=stopped, **({"micro_batch": self.micro_batch} if self._auto else {}))
 
     def step(self, iteration: int) -> dict[str, Any]:
+        """Take one iteration (`_step`).
+
+        Raises:
+            NonFiniteError: the first tensor that is NaN or infinite.
+            OutOfMemory: with the settings that would help, and a micro-batch that fits.
+        """
+        return within_memory(lambda: self._step(iteration), self._memory_advice)
+
+    def _step(self, iteration: int) -> dict[str, Any]:
         """One iteration: sample groups, score them, spread their advantages over the latent grid, update.
 
         Invariants: old log-probs are those of the weights that sampled; a position's advantage is its group's
@@ -149,14 +187,15 @@ class Trainer:
         """
         clock = PhaseClock(self.policy.device)
         found = self.experience(iteration, clock)
-        with clock("map"):
+        with clock("map"), evidence(found=found):
             made = self.maps_of(found, iteration, self.reward_maps)
+        maps = [part[0] for part in made] if self.reward_maps else made
         rate = learning_rate(self.config.optimizer, iteration, self.config.run.iterations)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with clock("update"):
+        undo = self.config.optimizer.skip_nonfinite > 0 and len(found.plan) > 1
+        with clock("update"), evidence(found=found, maps=maps), undone_if_not_finite(self.optimizer, undo):
             losses = self.ranks.reduce(self._update(found, made))
-        maps = [part[0] for part in made] if self.reward_maps else made
         self.frames, self.maps = found.buckets[0].frames, maps[0]
         rewards, group_size = found.rewards[:, found.kept], self.config.prompts.group_size
         total = self.reward.weights.to(rewards.device) @ rewards
@@ -174,87 +213,46 @@ class Trainer:
             **{f"map_{name}": v for name, v in self.ranks.reduce(mean_statistics(maps), **_NOT_MEANS).items()},
             **(self.ranks.reduce(self.reward_maps.statistics(made)) if self.reward_maps else {}),
         }
-        return {**{name: float(value) for name, value in metrics.items()}, **clock.seconds()}
+        chosen = {"micro_batch": self.micro_batch} if self._auto else {}
+        return {**{name: float(value) for name, value in metrics.items()}, **clock.seconds(), **chosen}
 
     def experience(self, iteration: int, clock: PhaseClock) -> Experience:
         """Sample the groups of an iteration and score them."""
-        config = self.config
-        batch = prompt_batch(
-            self.prompts,
-            iteration,
-            per_iteration=config.prompts.per_iteration,
-            group_size=config.prompts.group_size,
-            seed=config.run.seed,
-            same_initial_noise=config.sampling.same_initial_noise,
-        )
-        own = self.ranks.share(len(batch.prompts))
-        with self.scoring(self.reward) as scoring:
-            with clock("rollout"):
-                decoded, plan = self._rollout(batch.take(own), iteration, scoring)
-                buckets = _buckets(decoded)
-            with clock("reward"), visiting(self.reward.rewards.values(), self.policy.device, config.model.offload):
-                scores = scoring.scores([len(bucket.frames) for bucket in buckets])
-        rewards = self.ranks.gather(torch.cat([found.rewards for found in scores], 1))
-        kept = self.reward.keep(
-            rewards, batch.prompts, batch.group_size, config.reward.on_failure, max_dropped=config.reward.max_dropped
-        )
-        std, clip = config.reward.std, config.reward.advantage_clip
-        advantages, terms = torch.zeros(len(kept), device=rewards.device), None
-        advantages[kept] = weighted_advantages(
-            rewards[:, kept],
-            self.reward.weights,
-            batch.group_size,
-            combine=config.reward.combine,
-            std=std,
-            clip=clip,
-        )
-        if self.reward_maps:
-            terms = torch.zeros_like(rewards)
-            terms[:, kept] = reward_advantages(rewards[:, kept], batch.group_size, std=std, clip=clip)
-            terms *= self.reward.weights.to(terms)[:, None]
-        parts = kept[own].split([len(bucket.frames) for bucket in buckets])
-        credits = [found.credit_of(part) for found, part in zip(scores, parts, strict=True)]
-        return Experience([traj for traj, _ in decoded], plan, buckets, credits, rewards, kept, advantages, terms, own)
+        return self.rollouts.experience(iteration, clock)
 
-    def _rollout(
-        self, batch: PromptBatch, iteration: int, scoring: Scoring
-    ) -> tuple[list[tuple[Trajectory, Tensor]], list[list[int]]]:
-        """Sample and decode in micro-batches of neighbours whose pipeline calls are equal, and ask for their scores.
+    def fit(self, most: int, samples: int | None = None) -> Fit:
+        """Find the largest micro-batch up to `most` that fits into the free memory with `samples` per iteration."""
+        trained = sum(p.nbytes for p in self.parameters)
+        later = trained * (1 if self.optimizer.state else 3)  # a gradient, and moments that are not there yet
+        device = self.policy.device
+        samples = samples or self.config.num_samples
+        return find_micro_batch(self.try_micro_batch, samples, device, later=later, most=most)
+
+    def try_micro_batch(self, size: int) -> float:
+        """Sample, decode and replay a step of `size` samples with its gradient, and forget it: no weight changes.
 
         Returns:
-            Trajectories that hold the trained steps only, with their frames; and the trained steps of every update.
+            Bytes per sample that would wait on the device for the update.
         """
-        sampling = self.config.sampling
-        first, end = sampling.reach
-        steps = stochastic_window(
-            sampling.window_mode,
-            sampling.window or end - first,
-            (first, end),
-            iteration=iteration,
-            seed=self.config.run.seed,
-            every=sampling.window_every,
-            stride=sampling.window_stride,
-        )
-        self.policy.settings = replace(self.policy.settings, stochastic_steps=steps)
-        decoded: list[tuple[Trajectory, Tensor]] = []
-        plan: list[list[int]] = []
-        runs = split_batches(batch.entries, sampling.micro_batch or len(batch.prompts))
-        if self.config.parallel.shard:
-            self.ranks.equal("sampling.micro_batch: the number of micro-batches", len(runs))
-        for run in runs:
-            traj = self.policy.rollout(
-                [batch.prompts[i] for i in run],
-                seeds=[batch.seeds[i] for i in run],
-                initial_seeds=[batch.initial_seeds[i] for i in run],
-                num_inference_steps=sampling.num_inference_steps,
-                **{**sampling.pipeline_call, **batch.entries[run[0]].call},
-            )
-            frames = self.policy.decode(traj)
-            scoring.ask(frames, traj.prompts)
-            plan = plan or self._choose_steps(traj, iteration)
-            traj.keep([k for steps in plan for k in steps])
-            decoded.append((traj.to("cpu") if sampling.store_on_cpu else traj, frames))
-        return decoded, plan
+        pixels = [math.prod(p.call.get(key, 1) for key in ("height", "width", "num_frames")) for p in self.prompts]
+        entry, seeds = self.prompts[pixels.index(max(pixels))], list(range(size))
+        batch = PromptBatch([entry.text] * size, [0] * size, seeds, seeds, size, [entry] * size)
+        before, self.rollouts.micro_batch = self.micro_batch, size
+        try:
+            with torch.random.fork_rng(), afterwards(self.reward) as unscored:
+                (((traj, frames),), plan) = self.rollouts.sample(batch, 0, unscored)
+                steps = sorted({plan[0][0], plan[0][-1]})  # of both denoisers, where there are two
+                even = torch.ones(size, *traj.latent_shape[1:], device=self.policy.device)
+                self._accumulate(traj, even, steps, weight=1.0, totals=defaultdict(list))
+        finally:
+            self.rollouts.micro_batch = before
+            self.optimizer.zero_grad(set_to_none=True)
+        on_device = not self.config.sampling.store_on_cpu or self.policy.device.type == "cpu"
+        return waiting_bytes(traj, frames, on_device=on_device)
+
+    def _memory_advice(self) -> str:
+        self.optimizer.zero_grad(set_to_none=True)
+        return advice(self.config, self.policy.device, self.fit, self.micro_batch)
 
     def maps_of(self, found: Experience, iteration: int, source: MapSource | RewardMaps | None = None) -> list[Tensor]:
         """Make the maps of every bucket, by the map section's source or another."""
@@ -302,8 +300,9 @@ class Trainer:
         totals: defaultdict[str, list[Tensor]] = defaultdict(list)
         for steps in found.plan:
             self.accumulate(found, maps, steps, totals)
-            norm = whole(torch.nn.utils.clip_grad_norm_(self.parameters, settings.max_grad_norm))
-            require_finite("gradient", norm)
+            norm = whole(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+            require_finite_gradients(self.policy.trainable_parameters(), norm)
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, settings.max_grad_norm, norm)
             totals["grad_norm"].append(norm.detach())
             self.optimizer.step()
             if self.ema is not None:
@@ -338,19 +337,6 @@ class Trainer:
         shares = found.advantages[found.own].split([len(m) for m in maps])
         return [pixel_advantages(share, m) for share, m in zip(shares, maps, strict=True)]
 
-    def _choose_steps(self, traj: Trajectory, iteration: int) -> list[list[int]]:
-        """Draw the trained steps and deal them out to the updates, ascending within each."""
-        seed = (self.config.run.seed * 1_000_003 + iteration) ^ 0x51EB
-        order = torch.randperm(len(traj.stochastic_steps), generator=torch.Generator().manual_seed(seed))
-        chosen = [traj.stochastic_steps[i] for i in order.tolist()][: self.config.trained_steps]
-        if not chosen:
-            raise ValueError(
-                f"sampling.window: none of the stochastic steps {self.policy.settings.stochastic_steps} is a step of "
-                f"the trained denoisers ({', '.join(self.policy.denoisers)}); set sampling.window_range to their steps"
-            )
-        updates = min(self.config.optimizer.updates_per_rollout, len(chosen))
-        return [sorted(chosen[i::updates]) for i in range(updates)] * self.config.optimizer.epochs
-
     def _accumulate(
         self,
         traj: Trajectory,
@@ -376,7 +362,9 @@ class Trainer:
             if kl is not None:
                 loss = loss + settings.kl_beta * kl.mean()
                 totals["kl"].append(kl.detach().mean())
-            require_finite(f"loss of step {k}", loss)
+            with evidence(step=k, log_probs=log_probs, trajectory=traj, advantages=advantages):
+                require_finite(f"log-prob of step {k}", log_probs, traj.prompts)
+                require_finite(f"loss of step {k}", loss)
             (loss * weight).backward()
             totals["loss"].append(loss.detach())
             for name in LossStats._fields:
@@ -386,43 +374,3 @@ class Trainer:
         if with_kl:
             self.policy.add_reference(traj, steps)
         self.policy.replay(traj, steps=steps, on_step=on_step, with_kl=with_kl)
-
-
-def _buckets(decoded: list[tuple[Trajectory, Tensor]]) -> list[Bucket]:
-    """Join decoded trajectories whose neighbours have the same shapes: all of them, unless prompts differ in size."""
-    found = []
-    for (_, grid), run in itertools.groupby(decoded, lambda pair: (pair[1].shape[1:], pair[0].latent_shape[1:])):
-        pairs = list(run)
-        prompts = [prompt for traj, _ in pairs for prompt in traj.prompts]
-        found.append(Bucket(torch.cat([frames for _, frames in pairs]), prompts, grid))
-    return found
-
-
-def make_policy(config: Config, *, trainable: bool = True, ranks: Ranks | None = None) -> DiffusersPolicy:
-    """Build the policy of a config; without adapter and gradients where it is not `trainable`."""
-    model = config.model
-    lora = LoraConfig(
-        r=model.lora_rank,
-        lora_alpha=model.lora_alpha,
-        init_lora_weights="gaussian",
-        target_modules=model.lora_targets or LORA_TARGETS,
-    )
-    train: Training = lora if model.train == "lora" else "full"
-    chosen = train if model.denoisers is None else dict.fromkeys(model.denoisers, train)
-    policy = DiffusersPolicy(
-        model.path,
-        kernel=config.sampling.kernel,
-        eta=config.sampling.eta,
-        shift=config.sampling.shift,
-        unconditional=config.sampling.unconditional,
-        offload=model.offload,
-        train=chosen if trainable else "none",
-        dtype=getattr(torch, model.dtype),
-        autocast=getattr(torch, model.autocast) if model.autocast else None,
-        device=(ranks or Ranks()).device(model.device),
-        shard=functools.partial(shard, cpu_offload=config.parallel.cpu_offload) if config.parallel.shard else None,
-    )
-    enable_vae(policy.pipeline, tiling=model.vae_tiling, slicing=model.vae_slicing)
-    if model.compile:
-        compile_blocks(policy.denoisers)
-    return policy

@@ -19,7 +19,7 @@ sigma is in (0, 1], 1 = pure noise. Log-probs are float32 and in nats.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple, Self
 
@@ -239,11 +239,52 @@ def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def require_finite(name: str, tensor: Tensor) -> None:
-    """Raise FloatingPointError naming the tensor and its first bad sample, if any element is NaN or infinite."""
+class NonFiniteError(FloatingPointError):
+    """A tensor with NaN or infinite elements; the message is one line.
+
+    Attributes:
+        name: of the first bad tensor.
+        tensor: it, detached.
+        evidence: what was being worked on, by name: whoever knows more adds to it as the error passes.
+    """
+
+    def __init__(self, message: str, name: str, tensor: Tensor) -> None:
+        super().__init__(message)
+        self.name, self.tensor = name, tensor.detach()
+        self.evidence: dict[str, Any] = {}
+
+
+def require_finite(name: str, tensor: Tensor, prompts: Sequence[str] | None = None) -> None:
+    """Raise NonFiniteError if any element is NaN or infinite.
+
+    Args:
+        name: what to call the tensor in the error.
+        tensor: any tensor.
+        prompts: of its rows, if these are samples: the error then names the first bad one's.
+    """
     finite = torch.isfinite(tensor.detach())
     if not bool(finite.all()):
         bad = (~finite).nonzero()[0].tolist()
-        raise FloatingPointError(
-            f"{name} is not finite: first bad element at index {bad} of shape {tuple(tensor.shape)}"
-        )
+        whose = f", prompt {prompts[bad[0]]!r}" if prompts else ""
+        message = f"{name} is not finite: first bad element at index {bad} of shape {tuple(tensor.shape)}{whose}"
+        raise NonFiniteError(message, name, tensor)
+
+
+def require_finite_steps(steps: Mapping[int, StepRecord], prompts: Sequence[str]) -> None:
+    """Raise NonFiniteError at the first recorded step whose sampled latents or log-probs are not finite.
+
+    Args:
+        steps: of a rollout of N samples.
+        prompts: N.
+    """
+    values = [t for r in steps.values() for t in (r.next_latents, r.log_probs) if t is not None]
+    if not values or bool(torch.stack([torch.isfinite(value).all() for value in values]).all()):  # one host sync
+        return
+    for k, record in steps.items():
+        try:
+            require_finite(f"latents after step {k} of the rollout", record.next_latents, prompts)
+            if record.log_probs is not None:
+                require_finite(f"log-prob of step {k} of the rollout", record.log_probs, prompts)
+        except NonFiniteError as error:
+            error.evidence.update(step=k, record=record, prompts=list(prompts))
+            raise

@@ -183,15 +183,22 @@ class Watch:
         policy: whose weights are watched.
         trained: rewards that are trained on, by name.
         source: the run's maps.
+        write: whether this process writes the files.
 
     Attributes:
         warnings: those of this run so far.
     """
 
     def __init__(
-        self, config: Config, policy: DiffusersPolicy, trained: Mapping[str, Reward], source: MapSource
+        self,
+        config: Config,
+        policy: DiffusersPolicy,
+        trained: Mapping[str, Reward],
+        source: MapSource,
+        *,
+        write: bool = True,
     ) -> None:
-        self.config = config
+        self.config, self.write = config, write
         self.held_out = HeldOut(config, policy, trained, source) if config.watch.every else None
         self.warnings: list[WatchWarning] = []
         self._lines: list[dict[str, Any]] = []
@@ -220,6 +227,8 @@ class Watch:
 
     def open(self, files: Session) -> None:
         """Write what `begin` found, now that there is a run directory; evaluations that will be redone go."""
+        if not self.write:
+            return
         discard_after(files.folder, len(self._lines))
         if self.held_out and self._base and not self._lines:
             self.held_out.save(files.folder, self._base)
@@ -242,7 +251,8 @@ class Watch:
         found = self._by_lines()
         if self.held_out and watch.every and (iteration % watch.every == 0 or iteration == self.config.run.iterations):
             now = self.held_out.measure(iteration)
-            self.held_out.save(folder, now)
+            if self.write:
+                self.held_out.save(folder, now)
             metrics.update(now.metrics())
             found += self._by_evaluation(now)
         known = {(warning.kind, warning.subject) for warning in self.warnings}
@@ -252,18 +262,18 @@ class Watch:
                 "warning at iteration %d, %s: %s; %s", iteration, warning.kind, warning.sentence, warning.advice
             )
         self.warnings += begun
-        if begun:
+        if begun and self.write:
             self._write(folder)
         return metrics
 
     def _by_lines(self) -> list[WatchWarning]:
-        watch, lines = self.config.watch, self._lines
+        watch, lines = self.config.watch, [line for line in self._lines if "skipped" not in line]
         found = [
             *group_std_collapse(lines, watch.group_std),
             *constant_groups(lines, watch.constant_groups, self.config.prompts.per_iteration),
             *kl_growth(lines, watch.kl),
         ]
-        return [replace(warning, clean=max(0, len(lines) - WINDOW)) for warning in found]
+        return [replace(warning, clean=max(0, len(self._lines) - WINDOW)) for warning in found]
 
     def _by_evaluation(self, now: Evaluation) -> list[WatchWarning]:
         assert self._base is not None

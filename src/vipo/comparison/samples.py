@@ -52,7 +52,7 @@ class SampleStore:
         self.folder, self.config, self.seeds = folder, config, seeds
         self.entries = [prompt for prompt in prompts for _ in range(seeds)]
         self.noise = [noise_seed(prompt, j, seed) for prompt in prompts for j in range(seeds)]
-        self.batches = split_batches(self.entries, config.sampling.micro_batch or BATCH)
+        self.batches = split_batches(self.entries, config.sampling.given_micro_batch or BATCH)
         self._settings = sampling_settings(config)
 
     def path(self, side: Side, position: int) -> Path:

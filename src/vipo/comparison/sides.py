@@ -11,6 +11,7 @@ from typing import Any
 
 import diffusers
 
+from ..build import make_policy
 from ..checkpoint import latest_checkpoint, list_checkpoints, require_whole
 from ..config import Config
 from ..loading import load_lora, pipeline_folder, read_index
@@ -18,7 +19,6 @@ from ..named import apply_overrides
 from ..policy import DiffusersPolicy
 from ..runlog import CONFIG
 from ..scheduler import is_flow
-from ..trainer import make_policy
 
 _PARTS = (".safetensors", ".json", ".txt", ".model", ".jinja")
 """Suffixes of what a pipeline reads from its folder: weights, configs, tokenizers."""

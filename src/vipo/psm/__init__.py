@@ -27,7 +27,7 @@ from vipo.psm.allocation import (
     orient,
     smooth,
 )
-from vipo.psm.backbones import Backbone, BackboneError, FrozenBackbone, first_line
+from vipo.psm.backbones import Backbone, BackboneError, FrozenBackbone, NonFiniteFeatures, first_line
 from vipo.psm.controls import CONTROLS, control_maps
 from vipo.psm.latent_grid import check_frames, pool_time, resize_space
 from vipo.psm.motion import MOTIONS, NEGLIGIBLE, motion_maps
@@ -301,10 +301,12 @@ class PerceptualStructuring(LatentAllocation):
             raise ValueError(f"frames: expected finite values in [0, 1], got min {low:.4g} and max {high:.4g}")
         features_low, features_high = torch.stack(features.aminmax()).tolist()
         if not (features_low > -_LARGEST_FEATURE and features_high < _LARGEST_FEATURE):  # also NaN
-            raise BackboneError(
+            raise NonFiniteFeatures(
                 f"the backbone's features are not finite, or beyond {_LARGEST_FEATURE:.0e} in size "
                 f"(min {features_low}, max {features_high}) for frames in "
-                f"[{low:.4g}, {high:.4g}]: check its weights, or compute in float32 (dtype=None)"
+                f"[{low:.4g}, {high:.4g}]: check its weights, or compute in float32 (dtype=None)",
+                "features of the map's backbone",
+                features,
             )
         if blanks:  # position embeddings give structure to what has none; one feature everywhere gives a map of ones
             features = torch.where(blank.to(features.device).view(-1, 1, 1, 1, 1), 0, features)

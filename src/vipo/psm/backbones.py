@@ -16,7 +16,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 
 from vipo.files import require_safetensors
 from vipo.psm.families import FAMILIES, IMAGENET, MODEL_TYPES, TOWERS
-from vipo.types import check_choice, check_shape
+from vipo.types import NonFiniteError, check_choice, check_shape
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,10 @@ _CPU_CHUNK_PIXELS = 512 * 512
 
 class BackboneError(RuntimeError):
     """A vision backbone that fails or returns what is not finite; its message is one line for the user."""
+
+
+class NonFiniteFeatures(NonFiniteError, BackboneError):
+    """Features that are NaN, infinite or too large for a map."""
 
 
 class Backbone(Protocol):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ..types import NonFiniteError
 from . import Reward, Scores, score
 
 log = logging.getLogger(__name__)
@@ -66,7 +67,7 @@ class RewardMixture:
             Which samples are kept: (N,) bool.
 
         Raises:
-            FloatingPointError: a reward has failed and on_failure is "stop", or in too many groups.
+            NonFiniteError: a reward has failed and on_failure is "stop", or in too many groups.
         """
         bad = ~torch.isfinite(rewards)
         if bool(bad.any()):
@@ -76,7 +77,8 @@ class RewardMixture:
                 f"{len(prompts)}, prompt {prompts[first]!r}"
             )
             if on_failure == "stop":
-                raise FloatingPointError(f"{message}; set reward.on_failure=drop to drop such groups and go on")
+                hint = "set reward.on_failure=drop to drop such groups and go on"
+                raise NonFiniteError(f"{message}; {hint}", "rewards", rewards)
             log.warning("%s: its group is dropped", message)
         failed = bad.view(len(bad), -1, group_size).any(2)  # (R, B)
         dropped = failed.any(0)
@@ -84,8 +86,9 @@ class RewardMixture:
         if count == groups or count / groups > max_dropped:
             found = [f"{name!r} in {n}" for name, n in zip(self.rewards, failed.sum(1).tolist(), strict=True) if n]
             excess = "all of them" if count == groups else f"more than reward.max_dropped={max_dropped:g} allows"
-            raise FloatingPointError(
+            message = (
                 f"reward {' and '.join(found)} of {groups} groups is NaN or infinite: {count} would be dropped, "
                 f"{excess}; mend the reward (a server that is down, a model that overflows) or raise reward.max_dropped"
             )
+            raise NonFiniteError(message, "rewards", rewards)
         return (~dropped).repeat_interleave(group_size)

@@ -1,17 +1,19 @@
-"""The published configs of the recipes' models, and how each pipeline calls its denoiser: a table for memory.py."""
+"""The published configs of the recipes' models, and how each pipeline calls its denoiser."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import diffusers as D
 import torch
 import transformers as T
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 
-Part = tuple[type, dict[str, Any]]
+from ..config import Config
+
+Part = tuple[Any, dict[str, Any]]
 """A class of diffusers or transformers, and its config; what the config leaves out is the class's default."""
 
 
@@ -91,32 +93,88 @@ def hunyuan_video(config: Any, call: Call) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Family:
+    """How pipelines with one class of denoiser call it.
+
+    Attributes:
+        inputs: makes the denoiser's arguments.
+        sequence: text tokens that reach the denoiser by default (`max_sequence_length`). Qwen-Image pads to nothing:
+            128 is a longish prompt.
+        guidance: classifier-free guidance doubles the batch, makes a second call, or is embedded in the model.
+        clip_tokens: whether the tokens of a CLIP encoder come before these.
+        float32_latents: whether the pipeline keeps its latents in float32 whatever the dtype of the weights.
+    """
+
+    inputs: Callable[[Any, Call], dict[str, Any]]
+    sequence: int
+    guidance: Literal["doubled", "two calls", "embedded"]
+    clip_tokens: bool = False
+    float32_latents: bool = False
+
+
+FAMILIES: dict[type, Family] = {
+    D.UNet2DConditionModel: Family(stable_diffusion, 0, "doubled", clip_tokens=True),
+    D.SD3Transformer2DModel: Family(sd3, 256, "doubled", clip_tokens=True),
+    D.FluxTransformer2DModel: Family(flux, 512, "embedded"),
+    D.QwenImageTransformer2DModel: Family(qwen_image, 128, "two calls"),
+    D.WanTransformer3DModel: Family(wan, 512, "two calls", float32_latents=True),
+    D.HunyuanVideoTransformer3DModel: Family(hunyuan_video, 256, "embedded", float32_latents=True),
+}
+"""By the class of the denoiser."""
+
+
+class Latents(NamedTuple):
+    """Of one sample: channels, latent grid (T, H, W), and pixels of all its frames."""
+
+    channels: int
+    grid: tuple[int, int, int]
+    pixels: int
+
+
+@dataclass(frozen=True)
 class Model:
-    """A published model: the classes of its parts with their published configs, and how its denoiser is called.
+    """A model: the classes of its parts with their configs.
 
     Attributes:
         denoiser: the transformer or U-Net.
         vae: the autoencoder.
         text_encoders: by name.
-        inputs: makes the denoiser's arguments.
-        tokens: text tokens that reach the denoiser. Qwen-Image pads to nothing: 128 is a longish prompt.
-        guidance: classifier-free guidance doubles the batch, makes a second call, or is embedded in the model.
-        latent_channels: of the VAE.
+        latents: (config of the run, VAE) -> the latents of one sample.
+        tokens: text tokens that reach the denoiser.
         more: parts that are neither, by name.
-        float32_latents: whether the pipeline keeps its latents in float32 whatever the dtype of the weights.
+        backbones: of the map, by name.
     """
 
     denoiser: Part
     vae: Part
     text_encoders: dict[str, Part]
-    inputs: Callable[[Any, Call], dict[str, Any]]
+    latents: Callable[[Config, Any], Latents]
     tokens: int
-    guidance: Literal["doubled", "two calls", "embedded"]
-    latent_channels: int = 16
     more: dict[str, Part] = field(default_factory=dict)
-    float32_latents: bool = False
+    backbones: dict[str, Part] = field(default_factory=dict)
+
+    @property
+    def family(self) -> Family:
+        """How the denoiser is called."""
+        return FAMILIES[self.denoiser[0]]
 
 
+def _latents(channels: int) -> Callable[[Config, Any], Latents]:
+    """Every published model here has 8 x 8 pixels, and four frames after the first, per latent position."""
+
+    def latents(config: Config, vae: Any) -> Latents:
+        frames = config.sampling.call.get("num_frames", 1)
+        height, width = (config.sampling.height or 0) // 8, (config.sampling.width or 0) // 8
+        return Latents(channels, ((frames - 1) // 4 + 1, height, width), frames * 8 * height * 8 * width)
+
+    return latents
+
+
+_DINOV2_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16}
+BACKBONES: dict[str, Part] = {
+    "facebook/dinov2-base": (T.Dinov2Model, {"image_size": 518, "patch_size": 14}),
+    "facebook/dinov2-large": (T.Dinov2Model, {**_DINOV2_LARGE, "image_size": 518, "patch_size": 14}),
+}
 _FOUR_STAGES: dict[str, Any] = {
     "block_out_channels": (128, 256, 512, 512),
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -152,7 +210,7 @@ _LLAMA = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 
 _LLAMA |= {"num_key_value_heads": 8, "vocab_size": 128320}
 _SAFETY_VISION = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 _SAFETY = {"vision_config": {**_SAFETY_VISION, "patch_size": 14}, "projection_dim": 768}
-_UMT5 = {"UMT5-XXL": (T.UMT5EncoderModel, {**_T5, "vocab_size": 256384})}
+_UMT5: dict[str, Part] = {"UMT5-XXL": (T.UMT5EncoderModel, {**_T5, "vocab_size": 256384})}
 _QWEN_VL = {"text_config": _QWEN_TEXT, "vision_config": _QWEN_VISION}
 
 MODELS = {
@@ -160,7 +218,7 @@ MODELS = {
         (D.FluxTransformer2DModel, _FLUX),
         (D.AutoencoderKL, _VAE_16),
         {"CLIP-L": (T.CLIPTextModel, _CLIP_L), "T5-XXL": (T.T5EncoderModel, _T5)},
-        *(flux, 512, "embedded"),
+        *(_latents(16), 512),
     ),
     "stabilityai/stable-diffusion-3.5-medium": Model(
         (D.SD3Transformer2DModel, _SD35),
@@ -170,29 +228,27 @@ MODELS = {
             "CLIP-G": (T.CLIPTextModelWithProjection, _CLIP_G),
             "T5-XXL": (T.T5EncoderModel, _T5),
         },
-        *(sd3, 77 + 256, "doubled"),
+        *(_latents(16), 77 + 256),
     ),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": Model(
         (D.UNet2DConditionModel, {"sample_size": 64, "cross_attention_dim": 768}),
         (D.AutoencoderKL, {**_FOUR_STAGES, "latent_channels": 4}),
         {"CLIP-L": (T.CLIPTextModel, _CLIP_L)},
-        *(stable_diffusion, 77, "doubled"),
-        latent_channels=4,
+        *(_latents(4), 77),
         more={"safety checker": (StableDiffusionSafetyChecker, _SAFETY)},
     ),
     "Qwen/Qwen-Image": Model(
         (D.QwenImageTransformer2DModel, _QWEN),
         (D.AutoencoderKLQwenImage, _WAN_VAE),
         {"Qwen2.5-VL-7B": (T.Qwen2_5_VLForConditionalGeneration, _QWEN_VL)},
-        *(qwen_image, 128, "two calls"),
+        *(_latents(16), 128),
     ),
     **{
         f"Wan-AI/Wan2.1-T2V-{size}-Diffusers": Model(
             (D.WanTransformer3DModel, config),
             (D.AutoencoderKLWan, _WAN_VAE),
             _UMT5,
-            *(wan, 512, "two calls"),
-            float32_latents=True,
+            *(_latents(16), 512),
         )
         for size, config in {"1.3B": _WAN_SMALL, "14B": _WAN_LARGE}.items()
     },
@@ -200,7 +256,6 @@ MODELS = {
         (D.HunyuanVideoTransformer3DModel, _HUNYUAN),
         (D.AutoencoderKLHunyuanVideo, {"latent_channels": 16}),
         {"Llama-3-8B": (T.LlamaModel, _LLAMA), "CLIP-L": (T.CLIPTextModel, _CLIP_L)},
-        *(hunyuan_video, 256, "embedded"),
-        float32_latents=True,
+        *(_latents(16), 256),
     ),
 }
