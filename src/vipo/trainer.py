@@ -284,6 +284,8 @@ class Trainer:
         for traj in found.trajectories:
             part = torch.stack(list(itertools.islice(rows, len(traj))))
             self._accumulate(traj, part, steps, weight=len(traj) / (samples * len(steps)), totals=totals)
+        losses = torch.stack(totals["loss"][-len(found.trajectories) * len(steps) :]).view(-1, len(steps))
+        require_finite(f"loss of steps {steps} (micro-batch, step)", losses)  # once: a check waits for the device
 
     def pixel_advantages(self, found: Experience, maps: Sequence[Tensor]) -> list[Tensor]:
         """Spread the advantages of a rollout over the latent grid: (n, T, H, W) per bucket."""
@@ -328,7 +330,6 @@ class Trainer:
             if kl is not None:
                 loss = loss + settings.kl_beta * kl.mean()
                 totals["kl"].append(kl.detach().mean())
-            require_finite(f"loss of step {k}", loss)
             (loss * weight).backward()
             totals["loss"].append(loss.detach())
             for name in LossStats._fields:
@@ -388,7 +389,8 @@ def make_policy(config: Config, *, trainable: bool = True) -> DiffusersPolicy:
         autocast=getattr(torch, model.autocast) if model.autocast else None,
         device=model.device,
     )
-    enable_vae(policy.pipeline, tiling=model.vae_tiling, slicing=model.vae_slicing)
+    vae = {"tiling": model.vae_tiling, "slicing": model.vae_slicing, "channels_last": model.vae_channels_last}
+    enable_vae(policy.pipeline, **vae)
     if model.compile:
         compile_blocks(policy.denoisers)
     return policy
