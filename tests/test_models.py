@@ -401,6 +401,16 @@ def test_the_vae_may_work_in_tiles_and_slices():
         enable_vae(policy.pipeline, tiling=False, slicing=True)
 
 
+@pytest.mark.parametrize("name", ["sd3", "wan"])
+def test_a_channels_last_vae_decodes_the_same(name):
+    plain, policy = make(name), make(name)
+    traj = rollout(policy, name)
+    enable_vae(policy.pipeline, tiling=False, slicing=False, channels_last=True)
+    layouts = {w.is_contiguous() for w in policy.pipeline.vae.parameters() if w.ndim in (4, 5) and w[0, 0].numel() > 1}
+    assert False in layouts
+    torch.testing.assert_close(policy.decode(traj), plain.decode(traj), rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["flux", "wan"])
 def test_compiled_blocks_are_called_and_replay_exactly(name):
     """The backend "eager" runs what the compiler has traced, so nothing but the tracing is new."""

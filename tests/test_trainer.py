@@ -172,7 +172,7 @@ def test_several_rewards_have_weights_and_are_logged_apart(tmp_path):
     )
     advantages = []
     for config in (apart, together):
-        summed.config = config
+        summed.rollouts.config = config
         advantages.append(summed.experience(0, PhaseClock(summed.policy.device)).advantages)
     assert not torch.allclose(*advantages)
     opposed = {"redness": lambda f, p: torch.tensor([0.0, 1, 2] * 2), "b": lambda f, p: torch.tensor([4.0, 2, 0] * 2)}
@@ -219,6 +219,17 @@ def test_a_backbone_that_fails_stops_the_run(tmp_path):
         make(tmp_path, backbone=broken).step(0)
     with pytest.raises(BackboneError, match="features are not finite"):
         make(tmp_path, backbone=lambda frames: colour_backbone(frames) * float("nan")).step(0)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path):
+    trainer = make(tmp_path, sampling={"micro_batch": 3})
+    found = trainer.experience(0, PhaseClock(trainer.policy.device))
+    found.trajectories[1].steps[2].log_probs[0] = float("nan")
+    before = weights(trainer)
+    maps = trainer.maps_of(found, 0)
+    with pytest.raises(FloatingPointError, match=r"loss of steps \[0, 1, 2\] \(.*\) is not finite: .* index \[1, 2\]"):
+        trainer._update(found, maps)
+    assert torch.equal(weights(trainer), before)
 
 
 def test_micro_batches_give_the_whole_batchs_gradient(tmp_path):
@@ -276,6 +287,11 @@ def test_a_config_sets_the_pipelines_options(tmp_path):
     policy = make_policy(config)
     assert (policy.idle.mode, policy.unconditional) == ("sequential", "frozen")
     assert policy.pipeline.vae.use_slicing and policy.pipeline.vae.use_tiling
+    with pytest.raises(ValueError, match="vae_channels_last: offload=sequential brings the weights .*; leave it off"):
+        make_policy(Config.from_mapping({"model": {**model, "vae_channels_last": True}}))
+    plain = Config.from_mapping({"model": {"path": str(folder), "vae_channels_last": True, "device": "cpu"}})
+    weight = make_policy(plain).pipeline.vae.decoder.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
 
 
 def test_kl_is_logged_and_pulls_back(tmp_path):

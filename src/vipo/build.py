@@ -38,7 +38,8 @@ def make_policy(config: Config, *, trainable: bool = True, ranks: Ranks | None =
         device=(ranks or Ranks()).device(model.device),
         shard=functools.partial(shard, cpu_offload=config.parallel.cpu_offload) if config.parallel.shard else None,
     )
-    enable_vae(policy.pipeline, tiling=model.vae_tiling, slicing=model.vae_slicing)
+    vae = {"tiling": model.vae_tiling, "slicing": model.vae_slicing, "channels_last": model.vae_channels_last}
+    enable_vae(policy.pipeline, **vae)
     if model.compile:
         compile_blocks(policy.denoisers)
     return policy

@@ -66,6 +66,8 @@ class ModelConfig(Section):
     """Decode in tiles, of clips also in time where the VAE can: less memory, seams are blended."""
     vae_slicing: bool = False
     """Decode one sample at a time: less memory."""
+    vae_channels_last: bool = False
+    """Keep the VAE's convolutions channels last: faster; frames differ by rounding. See docs/performance.md."""
     compile: bool = False
     """Compile the denoiser's repeated blocks; the first calls take minutes."""
     device: str | None = None

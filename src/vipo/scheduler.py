@@ -61,7 +61,7 @@ class Recording:
         following = step.mean
         if step.std > 0:
             noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in self.generators])
-            following = step.mean + step.std * noise.to(latents.device)
+            following = step.mean + step.std * noise.to(latents.device, non_blocking=True)
         following = following.to(latents.dtype)
         if step.std > 0:
             log_probs = gaussian_log_prob(following, step)

@@ -324,9 +324,16 @@ class Trainer:
         rows = iter([row for part in self.pixel_advantages(found, maps) for row in part])
         samples = len(found.advantages)
         scale = self.ranks.world if self.config.parallel.shard else 1  # shards are averaged over the ranks
+        parts = []
         for traj in found.trajectories:
             part = torch.stack(list(itertools.islice(rows, len(traj))))
             self._accumulate(traj, part, steps, weight=scale * len(traj) / (samples * len(steps)), totals=totals)
+            parts.append((traj, part))
+        checked = torch.stack(totals.pop("checked"))
+        if not bool(torch.isfinite(checked).all()):  # asked once: it waits for the device
+            for traj, part in parts:
+                self._accumulate(traj, part, steps, weight=0.0, totals=defaultdict(list), look=True)
+            require_finite("loss", checked)
         self.ranks.sum_gradients(self.parameters)
 
     def pixel_advantages(self, found: Experience, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -345,8 +352,12 @@ class Trainer:
         *,
         weight: float,
         totals: defaultdict[str, list[Tensor]],
+        look: bool = False,
     ) -> None:
-        """Add the gradient of one micro-batch: one backward per step, so one step's graph is in memory."""
+        """Add the gradient of one micro-batch: one backward per step, so one step's graph is in memory.
+
+        What is not finite is noted for `accumulate`; with `look` the first such tensor raises NonFiniteError.
+        """
         settings = self.config.loss
         with_kl = settings.kl_beta > 0
 
@@ -362,9 +373,12 @@ class Trainer:
             if kl is not None:
                 loss = loss + settings.kl_beta * kl.mean()
                 totals["kl"].append(kl.detach().mean())
-            with evidence(step=k, log_probs=log_probs, trajectory=traj, advantages=advantages):
-                require_finite(f"log-prob of step {k}", log_probs, traj.prompts)
-                require_finite(f"loss of step {k}", loss)
+            finite = torch.isfinite(log_probs.detach()).all()
+            totals["checked"].append(torch.where(finite, loss.detach(), torch.nan))
+            if look:
+                with evidence(step=k, log_probs=log_probs, trajectory=traj, advantages=advantages):
+                    require_finite(f"log-prob of step {k}", log_probs, traj.prompts)
+                    require_finite(f"loss of step {k}", loss)
             (loss * weight).backward()
             totals["loss"].append(loss.detach())
             for name in LossStats._fields:

@@ -107,7 +107,10 @@ def sampling_settings(config: Config) -> dict[str, Any]:
         "num_inference_steps": sampling.num_inference_steps,
         **_plain(sampling.pipeline_call),
         "shift": sampling.shift,
-        **{name: getattr(model, name) for name in ("dtype", "autocast", "vae_tiling", "vae_slicing")},
+        **{
+            name: getattr(model, name)
+            for name in ("dtype", "autocast", "vae_tiling", "vae_slicing", "vae_channels_last")
+        },
         "device": torch.device(device).type,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
