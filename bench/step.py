@@ -21,7 +21,6 @@ from typing import Any
 from unittest import mock
 
 import torch
-from memory import Live
 from step_work import (
     CUDA,
     ROOT,
@@ -43,6 +42,7 @@ from torch.profiler import ProfilerActivity, profile
 from vipo import DiffusersPolicy, Trainer
 from vipo.files import write_atomically
 from vipo.losses import policy_loss
+from vipo.memory.live import Live
 from vipo.pipelines import enable_vae
 from vipo.runlog import PhaseClock
 

@@ -15,7 +15,7 @@ import torch
 from tiny_pipelines import build
 
 from vipo.config import Config
-from vipo.distributed import RankError, stop, whole
+from vipo.distributed import RankError, leave, whole
 from vipo.trainer import Trainer
 
 
@@ -49,7 +49,7 @@ def run(case, folder, rank):
         lines.append(trainer.step(iteration))
         frames.append(trainer.frames.double().flatten(1).mean(1).tolist())
     found = {"metrics": lines, "frames": frames, "start": start, "weights": _weights(trainer)}
-    stop()
+    leave()
     return found
 
 

@@ -20,7 +20,7 @@ REFUSED = {
 """Keys that may not change, and why."""
 FREE = {
     *("run.output", "run.save_every", "run.keep", "run.keep_best", "run.sample_every", "run.tensorboard"),
-    *("run.iterations", "prompts.path"),
+    *("run.iterations", "prompts.path", "parallel.shard", "parallel.cpu_offload", "parallel.timeout"),
 }
 """Keys that change nothing of what an iteration computes; of prompts.path the content is compared instead."""
 

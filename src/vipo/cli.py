@@ -174,11 +174,13 @@ def _train(options: argparse.Namespace) -> int:
     require_unlocked(config.run.output)
     from rich.console import Console
 
+    from .distributed import leave
     from .interrupt import stop_on_signals
     from .report import render_report
     from .trainer import Trainer
 
-    console, trainer = Console(), Trainer(config)
+    trainer = Trainer(config)
+    console = Console(quiet=not trainer.ranks.main)
     if config.sampling.micro_batch == "auto":
         console.print(f"sampling.micro_batch: {trainer.micro_batch}", highlight=False)
     with progress_bars(console) as bars, stop_on_signals() as stop:
@@ -188,12 +190,19 @@ def _train(options: argparse.Namespace) -> int:
             remark = f"reward {metrics['reward_mean']:.3f}  clipped {metrics['clip_fraction']:.0%}"
             bars.update(task, completed=iteration, remark=remark)
 
-        trainer.run(mode=mode, allow_changes=options.allow_changes, stop=stop, on_iteration=on_iteration)
-    if trainer.iteration < config.run.iterations:
-        print(f"stopped by {stop.reason}; iteration {trainer.iteration} is saved; {how_to_go_on(options.arguments)}")
-        return 0
-    console.print(f"weights: {config.run.output / 'checkpoints'}", highlight=False)
-    console.print(f"report:  {render_report(config.run.output)}", highlight=False)
+        with trainer.ranks.guard():
+            trainer.run(mode=mode, allow_changes=options.allow_changes, stop=stop, on_iteration=on_iteration)
+    leave()
+    if trainer.iteration < config.run.iterations and not trainer.watch.stops:
+        who = stop.reason or "another rank"
+        console.print(
+            f"stopped by {who}; iteration {trainer.iteration} is saved; {how_to_go_on(options.arguments)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    elif trainer.ranks.main:
+        console.print(f"weights: {config.run.output / 'checkpoints'}", highlight=False)
+        console.print(f"report:  {render_report(config.run.output)}", highlight=False)
     return 0
 
 

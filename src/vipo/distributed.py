@@ -170,7 +170,7 @@ def start(*, device: str | None = None, timeout: float = 600.0) -> Ranks:
     return ranks
 
 
-def stop() -> None:
+def leave() -> None:
     """Leave the other processes, all of which have finished."""
     if dist.is_initialized():
         dist.destroy_process_group()
