@@ -39,10 +39,14 @@ def run(case, folder, rank):
     torch.set_num_threads(1)
     config = dict(case["config"])
     config["model"] = {"path": str(folder / case["family"]), "lora_rank": 2, **config.get("model", {})}
+    config["run"] = {"output": str(folder / "run"), "iterations": case["iterations"], "tensorboard": False}
     config["prompts"] = {"path": str(folder / "prompts.txt"), **config["prompts"]}
     trainer = Trainer(Config.from_mapping(config))
     start = _weights(trainer)
     lines, frames = [], []
+    if "mode" in case:  # with a run directory
+        trainer.run(mode=case["mode"], on_iteration=lambda iteration, metrics: lines.append(metrics))
+        case = {**case, "iterations": 0}
     for iteration in range(case["iterations"]):
         if case.get("dies") == [rank, iteration]:
             os._exit(9)

@@ -73,7 +73,8 @@ def found(tmp_path_factory):
     constant = {"reward": {"name": "ranks:blind_to_a"}}
     idle = [case("idle_one", 1, constant), case("idle_two", 2, constant)]
     failing = [case("dies", 2, {"parallel": {"timeout": 30}}, dies=[1, 1]), case("uneven", 3, iterations=1)]
-    return run(tmp_path_factory.mktemp("ranks"), [*two, *full, *idle, *failing])
+    resumed = [case("saved", 2, SHARD, iterations=1, mode="no"), case("resumed", 1, iterations=2, mode="resume")]
+    return run(tmp_path_factory.mktemp("ranks"), [*two, *full, *idle, *failing, *resumed])
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,12 @@ def found(tmp_path_factory):
 )
 def test_the_result_does_not_depend_on_the_number_of_ranks(found, alone, several):
     assert_equal(found[alone], found[several])
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(found):
+    (resumed,), one = found["resumed"], found["one"][0]
+    assert_equal([{**one, "metrics": one["metrics"][1:], "frames": []}], [resumed])
+    assert [len(rank["metrics"]) for rank in found["saved"]] == [1, 1]
 
 
 def test_training_moved_the_weights(found):
@@ -124,3 +131,15 @@ def test_what_cannot_be_sharded_is_refused():
         Config.from_mapping({"parallel": {"shard": True}, "model": {"train": "full"}, "loss": {"kl_beta": 0.1}})
     with pytest.raises(ValueError, match="parallel.cpu_offload"):
         Config.from_mapping({"parallel": {"cpu_offload": True}})
+
+
+@pytest.mark.slow
+def test_the_command_line_under_torchrun(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "vipo"]
+    config = ["--prompts.per_iteration=1", "--prompts.group_size=4", "--sampling.num_inference_steps=2"]
+    run = [*config, "--run.iterations=2", f"--run.output={tmp_path / 'run'}"]
+    done = subprocess.run([*torchrun, "train", "nano_vipo", *run], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("report:") == 1 and (tmp_path / "run" / "report.html").is_file()
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["ranks"] == 2
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
