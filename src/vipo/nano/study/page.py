@@ -87,7 +87,7 @@ def _modality(found: Mapping[str, Any], modality: str) -> list[str]:
     base = found["arms"].get(f"base/{modality}", {}).get("metrics")
     parts = [f"## {title}", _sweep(found.get("sweep", {}), modality), _means(kind, arms, base, (*FIRST, *rest))]
     parts.append(_differences(kind, arms, "grpo", (*FIRST[1:], *rest), "less scalar GRPO"))
-    parts.append(_differences(kind, arms, "vipo", rest, "less ViPO with the default map"))
+    parts.append(_differences(kind, arms, "vipo", (*FIRST[3:], *rest), "less ViPO with the default map"))
     if modality == "image":
         parts += [_clips(found.get("clips", {})), _epochs(kind, found.get("epochs", {}), arms)]
         parts += [_redness(found.get("redness", {})), _signal(found.get("signal", {}), arms)]
