@@ -13,6 +13,14 @@ def handlers():
     return [signal.getsignal(number) for number in SIGNALS]
 
 
+@pytest.fixture(autouse=True)
+def usual_handlers():
+    """Those of a process in the foreground: a shell starts background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_is_a_request_and_the_next_acts(number, capfd):
     before = handlers()
