@@ -17,10 +17,10 @@ demo: install
 	$(BIN)/vipo demo --overwrite $(ARGS)
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: install
-	$(BIN)/python -m pytest -m "not gpu or gpu"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu or gpu"
 
 check: install
 	$(BIN)/ruff format --check src tests examples bench tools
