@@ -35,12 +35,34 @@ def bright(frames, prompts):
     return frames.mean(2) ** 2
 
 
+CALLS = []
+
+
+def rising(frames, prompts):
+    """A reward that rises from call to call."""
+    CALLS.append(1)
+    return red_less_blue(frames, prompts) + len(CALLS)
+
+
+def falling_on_rank_0(frames, prompts):
+    """A reward that falls there only."""
+    return red_less_blue(frames, prompts) - len(CALLS) * (os.environ["RANK"] == "0")
+
+
+def falling_on_rank_1(frames, prompts):
+    """A reward that falls there only."""
+    return red_less_blue(frames, prompts) - len(CALLS) * (os.environ["RANK"] == "1")
+
+
 def run(case, folder, rank):
     torch.set_num_threads(1)
     config = dict(case["config"])
     config["model"] = {"path": str(folder / case["family"]), "lora_rank": 2, **config.get("model", {})}
     config["prompts"] = {"path": str(folder / "prompts.txt"), **config["prompts"]}
     trainer = Trainer(Config.from_mapping(config))
+    if case.get("whole"):
+        trainer.run()
+        return {"iterations": trainer.iteration}
     start = _weights(trainer)
     lines, frames = [], []
     for iteration in range(case["iterations"]):
