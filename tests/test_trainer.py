@@ -192,6 +192,21 @@ def test_several_rewards_have_weights_and_are_logged_apart(tmp_path):
         RewardMixture(credit)(trainer.frames, ["a"] * len(trainer.frames))
 
 
+def test_a_sample_that_is_not_finite_is_dropped_with_its_group(tmp_path):
+    trainer = make(tmp_path, on_failure="drop")
+    before, decode = weights(trainer), trainer.policy.decode
+
+    def overflows(traj):
+        frames = decode(traj)
+        frames[4] = float("nan")
+        return frames
+
+    trainer.policy.decode = overflows
+    metrics = trainer.step(0)
+    assert metrics["dropped_groups"] == 1 and not any(value != value for value in metrics.values())
+    assert bool(torch.isfinite(trainer.frames).all()) and not torch.equal(weights(trainer), before)
+
+
 def test_a_nan_reward_may_drop_its_group(tmp_path):
     trainer = make(tmp_path, reward=bad_reward, on_failure="drop")
     metrics = trainer.step(0)
