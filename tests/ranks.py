@@ -35,11 +35,31 @@ def bright(frames, prompts):
     return frames.mean(2) ** 2
 
 
+CALLS = []
+
+
+def rising(frames, prompts):
+    """A reward that rises from call to call."""
+    CALLS.append(1)
+    return red_less_blue(frames, prompts) + len(CALLS)
+
+
+def falling_on_rank_0(frames, prompts):
+    """A reward that falls there only."""
+    return red_less_blue(frames, prompts) - len(CALLS) * (os.environ["RANK"] == "0")
+
+
+def falling_on_rank_1(frames, prompts):
+    """A reward that falls there only."""
+    return red_less_blue(frames, prompts) - len(CALLS) * (os.environ["RANK"] == "1")
+
+
 def run(case, folder, rank):
     torch.set_num_threads(1)
     config = dict(case["config"])
     config["model"] = {"path": str(folder / case["family"]), "lora_rank": 2, **config.get("model", {})}
-    config["run"] = {"output": str(folder / "run"), "iterations": case["iterations"], "tensorboard": False}
+    run = {"output": str(folder / "run"), "iterations": case["iterations"], "tensorboard": False}
+    config["run"] = {**run, **config.get("run", {})}
     config["prompts"] = {"path": str(folder / "prompts.txt"), **config["prompts"]}
     trainer = Trainer(Config.from_mapping(config))
     start = _weights(trainer)
@@ -52,7 +72,13 @@ def run(case, folder, rank):
             os._exit(9)
         lines.append(trainer.step(iteration))
         frames.append(trainer.frames.double().flatten(1).mean(1).tolist())
-    found = {"metrics": lines, "frames": frames, "start": start, "weights": _weights(trainer)}
+    found = {
+        "iterations": trainer.iteration,
+        "metrics": lines,
+        "frames": frames,
+        "start": start,
+        "weights": _weights(trainer),
+    }
     leave()
     return found
 

@@ -19,6 +19,8 @@ def test_every_key_that_has_a_rule_exists():
 def test_what_changes_no_iteration_is_free():
     new = Config.from_mapping({"run": {"output": "moved", "iterations": 99, "keep": 5, "save_every": 7}})
     assert check_changes(saved(), new, allow=False) == []
+    stopping = saved(watch={"every": 2, "rewards": ["brightness"], "stop": True})
+    assert check_changes(stopping, Config.from_mapping({"watch": {"every": 1, "seeds": 4}}), allow=False) == []
 
 
 def test_what_is_wrong_is_refused_even_when_changes_are_allowed():

@@ -234,11 +234,14 @@ def test_a_nan_reward_names_the_sample_and_loses_nothing(tmp_path, monkeypatch, 
     assert Path("out/config.yaml").read_text() == "model: {path: nano}\n"
 
 
-@pytest.mark.parametrize("control", ["centre", "inverted"])
-def test_check_says_go_with_controls(tmp_path, capsys, control):
+BESIDE = ["--reward.async=true", "--sampling.micro_batch=auto", "--prompts.per_iteration=1", "--prompts.group_size=2"]
+
+
+@pytest.mark.parametrize(("control", "more"), [("centre", BESIDE), ("inverted", [])])
+def test_check_says_go_with_controls(tmp_path, capsys, control, more):
     (tmp_path / "run.yaml").write_text(f"map: {{control: {control}}}\nrun: {{output: {tmp_path / 'out'}}}\n")
     with pytest.raises(SystemExit) as caught:
-        main(["check", str(tmp_path / "run.yaml"), "--sampling.num_inference_steps=3"])
+        main(["check", str(tmp_path / "run.yaml"), "--sampling.num_inference_steps=3", *more])
     assert caught.value.code == 0, capsys.readouterr().out
 
 

@@ -42,6 +42,8 @@ def case(name, world, *changes, iterations=2, **more):
 def run(folder, cases):
     """What every rank of every case found: name -> list by rank, None where a rank wrote nothing."""
     (folder / "prompts.txt").write_text(PROMPTS)
+    sizes = [{"prompt": "a cat"}, {"prompt": "the dog", "height": 48}]
+    (folder / "sizes.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in sizes * 2))
     paths = {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent / "src")]), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / "ranks.py"), str(folder), json.dumps(cases)]
     subprocess.run(command, check=True, env={**os.environ, **paths}, capture_output=True)
@@ -49,12 +51,13 @@ def run(folder, cases):
     return {name: [json.loads(f.read_text()) if f.exists() else None for f in row] for name, row in files.items()}
 
 
-def assert_equal(alone, several):
+def assert_equal(alone, several, *, sizes=False):
     """Samples, metrics and weights of one process and of several."""
     (one,) = alone
     for i, frames in enumerate(one["frames"]):
         joined = [value for rank in several for value in rank["frames"][i]]
-        assert joined == pytest.approx(frames, abs=1e-6)
+        if not sizes:  # of several sizes a trainer shows the first
+            assert joined == pytest.approx(frames, abs=1e-6)
     for rank in several:
         for mine, line in zip(rank["metrics"], one["metrics"], strict=True):
             # a ratio of means over samples, of which ranks take the mean; seconds are their own
@@ -74,15 +77,40 @@ def found(tmp_path_factory):
     idle = [case("idle_one", 1, constant), case("idle_two", 2, constant)]
     failing = [case("dies", 2, {"parallel": {"timeout": 30}}, dies=[1, 1]), case("uneven", 3, iterations=1)]
     resumed = [case("saved", 2, SHARD, iterations=1, mode="no"), case("resumed", 1, iterations=2, mode="resume")]
-    return run(tmp_path_factory.mktemp("ranks"), [*two, *full, *idle, *failing, *resumed])
+    folder = tmp_path_factory.mktemp("ranks")
+    sizes = {"prompts": {"path": str(folder / "sizes.jsonl"), "per_iteration": 4, "group_size": 2}}
+    sized = [case("sizes_one", 1, sizes, iterations=1), case("sizes_two", 2, sizes, iterations=1)]
+    watch = {"every": 1, "path": "nano_held_out", "prompts": 8, "seeds": 1, "stop": True}
+    stops = [
+        case(
+            f"stop_{rank}",
+            2,
+            {
+                "reward": {"name": "ranks:rising"},
+                "watch": {**watch, "rewards": [f"ranks:falling_on_rank_{rank}"]},
+                "parallel": {"timeout": 30},
+                "run": {"output": str(folder / f"stop_{rank}"), "iterations": 2},
+            },
+            mode="no",
+        )
+        for rank in (0, 1)
+    ]
+    return run(folder, [*two, *full, *idle, *failing, *resumed, *sized, *stops])
 
 
 @pytest.mark.parametrize(
     ("alone", "several"),
-    [("one", "two"), ("one", "four"), ("one", "sharded"), ("full_one", "full_sharded"), ("idle_one", "idle_two")],
+    [
+        ("one", "two"),
+        ("one", "four"),
+        ("one", "sharded"),
+        ("full_one", "full_sharded"),
+        ("idle_one", "idle_two"),
+        ("sizes_one", "sizes_two"),
+    ],
 )
 def test_the_result_does_not_depend_on_the_number_of_ranks(found, alone, several):
-    assert_equal(found[alone], found[several])
+    assert_equal(found[alone], found[several], sizes=alone.startswith("sizes"))
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(found):
@@ -102,6 +130,11 @@ def test_a_rank_that_dies_stops_the_others(found):
     survivor, dead = found["dies"]
     assert dead is None
     assert "RankError: rank 0 of 2 has lost the others" in survivor["error"] and "--resume" in survivor["error"]
+
+
+def test_rank_0_alone_ends_a_run_by_its_watch(found):
+    assert [rank["iterations"] for rank in found["stop_0"]] == [1, 1]
+    assert [rank["iterations"] for rank in found["stop_1"]] == [2, 2]
 
 
 def test_samples_that_cannot_be_shared_are_refused(found):

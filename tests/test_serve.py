@@ -186,7 +186,12 @@ def test_serve_reward_on_the_command_line():
     environment = {**os.environ, "REWARD_TOKEN": TOKEN}
     command = [sys.executable, "-m", "vipo", "serve-reward", "redness", "--port", "0", "--token-env", "REWARD_TOKEN"]
     process = subprocess.Popen(
-        [*command, "--device", "cpu"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [*command, "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
     )
     try:
         line = process.stdout.readline()

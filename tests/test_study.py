@@ -10,6 +10,7 @@ import torch
 
 from vipo.advantages import group_advantages
 from vipo.nano.study import arms, page, runs, work
+from vipo.nano.study.__main__ import main
 from vipo.trainer import Trainer
 
 TINY = arms.Budget({"image": 1, "video": 1}, 3, 2, 1, 1, 4)
@@ -45,6 +46,28 @@ def test_only_a_difference_beyond_its_interval_is_bold():
 def test_rank_correlation_is_spearmans():
     first, second = [0.3, 0.1, 0.9, 0.5], [2.0, 3.0, 9.0, 4.0]
     assert page.rank_correlation(first, second) == pytest.approx(scipy.stats.spearmanr(first, second).statistic)
+    tied = [0.3, 0.3, 0.9, 0.3]  # ones have scalar GRPO's signal
+    assert page.rank_correlation(tied, second) == pytest.approx(scipy.stats.spearmanr(tied, second).statistic)
+
+
+def test_records_of_two_settings_are_not_mixed():
+    twice = {f"arms/image/grpo/learning_rate={rate}/seed=0": record("grpo", 0, rate) for rate in (1e-4, 1e-3)}
+    with pytest.raises(ValueError, match="learning_rate=0.001/seed=0: a second record of this arm and seed"):
+        page.by_arm(twice, "image")
+
+
+def test_a_quick_study_leaves_the_evidence_alone(tmp_path, monkeypatch):
+    """A few iterations over the records of hours would be lost work, and a page of numbers that say nothing."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr("vipo.nano.study.__main__.Study.all", lambda study, _: seen.append(study.output))
+    for options in (["--quick"], [], ["--quick", "-o", "here"]):
+        monkeypatch.setattr("sys.argv", ["study", "--workers=1", *options])
+        monkeypatch.setattr("vipo.nano.study.__main__.write_page", lambda text, records: seen.append(text))
+        main()
+    assert list(map(str, seen)) == [
+        *("runs/study_quick", "runs/study_quick.md", "docs/evidence", "docs/evidence.md", "here", "here.md")
+    ]
 
 
 def test_equal_redness_interpolates_where_it_is_first_reached():

@@ -45,9 +45,11 @@ def test_a_read_is_counted_once_and_where_it_is(read):
 def test_more_steps_wait_no_more(tmp_path):
     few, many = (reads(tmp_path, sampling={"num_inference_steps": steps}) for steps in (3, 6))
     assert few == many
-    assert few["types.py:require_finite"] == 4  # rewards, maps, losses, gradient
+    assert few["types.py:require_finite"] == 3  # rewards, maps, gradient
+    assert few["trainer.py:accumulate"] == 1  # losses
 
 
 def test_micro_batches_wait_no_more(tmp_path):
     whole, parts = reads(tmp_path), reads(tmp_path, sampling={"micro_batch": 2})
-    assert {place for place in parts if parts[place] > whole[place]} <= ON_THE_HOST
+    once_each = {"types.py:require_finite_steps"}  # a rollout's latents and log-probs
+    assert {place for place in parts if parts[place] > whole[place]} <= ON_THE_HOST | once_each

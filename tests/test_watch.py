@@ -233,6 +233,13 @@ def test_a_resumed_run_gives_the_same_warnings_and_does_not_redo_the_base(tmp_pa
 
     with pytest.raises(ValueError, match="the base in .* was evaluated with other seeds, so nothing can be held"):
         watched(tmp_path, "run", {**often, "seeds": 1}).run(mode="resume")
+    other = watched(tmp_path, "run", often)
+    options = {"test_watch:darkness": {"dtype": "bfloat16"}}
+    other.watch.held_out.config = other.config.model_copy(
+        update={"reward": other.config.reward.model_copy(update={"options": options})}
+    )
+    with pytest.raises(ValueError, match="evaluated with other reward paths or options"):
+        other.watch.held_out.load_base(run)
     watched(tmp_path, "blind", iterations=1).run()
     with pytest.raises(ValueError, match="watch.every: .*blind has no evaluation of the base"):
         watched(tmp_path, "blind", {}, iterations=2).run(mode="resume")
@@ -311,6 +318,11 @@ def test_redness_is_caught_hacking_and_stopped(tmp_path, monkeypatch, caplog):
     Trainer(Config.from_yaml("hack.yaml")).run(mode="resume")
     assert f"stopped at iteration {stopped} by watch.stop" in caplog.text
     assert json.loads((run / "summary.json").read_text())["iterations"] == stopped
+    on = Config.from_yaml("hack.yaml", ["--watch.stop=false", f"--run.iterations={stopped + 1}"])  # as the message says
+    Trainer(on).run(mode="resume")
+    summary, found = (json.loads((run / name).read_text()) for name in ("summary.json", "watch.json"))
+    assert summary["state"] == "finished" and summary["iterations"] == stopped + 1
+    assert found["stopped"] is False and [w for w in found["warnings"] if w["iteration"] <= stopped]
 
 
 def write_run(folder, watch):

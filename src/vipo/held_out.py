@@ -28,7 +28,7 @@ from .measures import mean_pairwise_distance
 from .offload import visiting
 from .policy import DiffusersPolicy
 from .prompts import noise_seed, read_prompts, split_batches, spread, unique_prompts
-from .rewards import Reward, load_reward, score
+from .rewards import Reward, load_rewards, score
 
 EVALUATIONS, FEATURES = "evaluations", "base_features.safetensors"
 LEAST_PROMPTS = 8
@@ -89,10 +89,7 @@ class HeldOut:
         waits = "cpu" if config.model.offload != "none" else policy.device
         paths, options = config.reward.paths, config.reward.options
         with self._undisturbed():
-            self.rewards = dict(trained) | {
-                name: load_reward(name, waits, path=paths.get(name), options=options.get(name))
-                for name in watch.rewards
-            }
+            self.rewards = dict(trained) | load_rewards(watch.rewards, waits, paths, options)
             self.backbone = source.backbone or make_psm(config.map, waits).backbone
         self._base_features: Tensor | None = None
 
@@ -104,6 +101,7 @@ class HeldOut:
             "prompts": [[prompt.text, prompt.key] for prompt in self.prompts],
             "seeds": self.config.watch.seeds,
             "rewards": sorted(self.rewards),
+            "reward paths or options": [self.config.reward.paths, self.config.reward.options],
             "sampling": [sampling.num_inference_steps, sampling.shift, sampling.pipeline_call],
             "backbone": [maps.backbone, maps.layer, maps.image_size],
         }

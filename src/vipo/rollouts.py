@@ -97,6 +97,9 @@ class Rollouts:
             terms *= self.reward.weights.to(terms)[:, None]
         parts = kept[own].split([len(bucket.frames) for bucket in buckets])
         credits = [found.credit_of(part) for found, part in zip(scores, parts, strict=True)]
+        if config.reward.on_failure == "drop":  # a dropped sample may itself not be finite, which no backbone takes
+            for bucket, part in zip(buckets, parts, strict=True):
+                bucket.frames[~part] = bucket.frames[~part].nan_to_num(0.0, 0.0, 0.0)
         return Experience([traj for traj, _ in decoded], plan, buckets, credits, rewards, kept, advantages, terms, own)
 
     def sample(

@@ -147,7 +147,8 @@ class Trainer:
             if self._auto and self.iteration and chosen:
                 self.rollouts.micro_batch = chosen[-1]  # a resumed run goes on with its numbers
             self.watch.begin(run.output, self.iteration)
-            stopped, guard = self.watch.stops, NonFiniteGuard(self.config, self.rollouts.batch, done=self.iteration)
+            stopped = self.ranks.any(self.watch.stops)
+            guard = NonFiniteGuard(self.config, self.rollouts.batch, done=self.iteration)
             begins = self.iteration < run.iterations and not stopped
             first = guard.attempt(self.step, self.iteration, again=True) if begins else None
             session.begin(self.iteration)
@@ -159,7 +160,7 @@ class Trainer:
                 session.metrics(self.iteration, metrics)
                 trained = "skipped" not in metrics
                 last = self.iteration == run.iterations or self.watch.stops
-                stopped = self.watch.stops or self.ranks.any(stop is not None and stop())
+                stopped = self.ranks.any(self.watch.stops or (stop is not None and stop()))
                 if trained and (self.iteration == 1 or last or self.iteration % run.sample_every == 0):
                     session.pictures(self.iteration, self.frames, self.maps)
                 if last or stopped or self.iteration % run.save_every == 0:
@@ -257,12 +258,20 @@ class Trainer:
     def maps_of(self, found: Experience, iteration: int, source: MapSource | RewardMaps | None = None) -> list[Tensor]:
         """Make the maps of every bucket, by the map section's source or another."""
         source = source or self.map_source
+        firsts = itertools.accumulate((len(b.frames) for b in found.buckets), initial=found.own.start)
         with visiting([source.backbone], self.policy.device, self.config.model.offload):
             return [
                 self.allocation_maps(
-                    b.frames, b.prompts, b.grid, iteration=iteration, credit=credit, source=source, own=found.own
+                    b.frames,
+                    b.prompts,
+                    b.grid,
+                    iteration=iteration,
+                    credit=credit,
+                    source=source,
+                    of=len(found.kept),
+                    first=first,
                 )
-                for b, credit in zip(found.buckets, found.credits, strict=True)
+                for b, credit, first in zip(found.buckets, found.credits, firsts, strict=False)
             ]
 
     def allocation_maps(
@@ -274,7 +283,8 @@ class Trainer:
         iteration: int,
         credit: Tensor | None = None,
         source: MapSource | RewardMaps | None = None,
-        own: slice = slice(None),
+        of: int | None = None,
+        first: int = 0,
     ) -> Tensor:
         """Make the maps (N, T, H, W) of frames (N, F, 3, Y, X) on a latent grid (T, H, W), as `maps_of`."""
         compression, alone = frame_groups(frames.shape[1], grid[0])
@@ -286,8 +296,8 @@ class Trainer:
             first_frame_alone=alone,
             credit=credit,
             generator=self.map_generator(iteration),
-            of=len(frames) * self.ranks.world,
-            first=own.start or 0,
+            of=of,
+            first=first,
         )
 
     def map_generator(self, iteration: int) -> torch.Generator:

@@ -183,7 +183,7 @@ class Watch:
         policy: whose weights are watched.
         trained: rewards that are trained on, by name.
         source: the run's maps.
-        write: whether this process writes the files.
+        write: whether this process writes the files and may end the run.
 
     Attributes:
         warnings: those of this run so far.
@@ -206,8 +206,8 @@ class Watch:
 
     @property
     def stops(self) -> bool:
-        """Whether the run is to end here."""
-        return self.config.watch.stop and any(warning.kind == HACKING for warning in self.warnings)
+        """Whether the run is to end here; only the rank that writes says so: what others measure may differ."""
+        return self.write and self.config.watch.stop and any(warning.kind == HACKING for warning in self.warnings)
 
     def begin(self, folder: Path, iteration: int) -> None:
         """Evaluate the base before its weights change; of a run that is resumed, read what it has written.

@@ -20,7 +20,7 @@ def main() -> None:
     """Read the command line, run, write the page."""
     parser = argparse.ArgumentParser(prog="python -m vipo.nano.study", description=__doc__)
     parser.add_argument(
-        "-o", "--output", type=Path, default=Path("docs/evidence"), help="records (default: %(default)s)"
+        "-o", "--output", type=Path, help="records (default: docs/evidence, with --quick runs/study_quick)"
     )
     parser.add_argument("--only", choices=("image", "video"), help="one kind only")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
@@ -32,9 +32,10 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     warnings.filterwarnings("ignore", category=UserWarning)
     budget = QUICK if options.quick else FULL
+    output = options.output or Path("runs/study_quick" if options.quick else "docs/evidence")
     if not options.page:
-        Study(options.output, budget, options.workers).all([options.only] if options.only else ["image", "video"])
-    write_page(options.output.with_suffix(".md"), options.output)
+        Study(output, budget, options.workers).all([options.only] if options.only else ["image", "video"])
+    write_page(output.with_suffix(".md"), output)
 
 
 if __name__ == "__main__":

@@ -57,8 +57,8 @@ def difference(new: BY_SEED, old: BY_SEED, metric: str) -> Difference:
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's, of values without ties."""
-    ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
+    """Spearman's; equal values share the mean of their ranks."""
+    ranks = [[np.mean(np.flatnonzero(np.sort(values) == value)) for value in values] for values in (first, second)]
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
@@ -95,10 +95,16 @@ def _modality(found: Mapping[str, Any], modality: str) -> list[str]:
 
 
 def by_arm(records: Mapping[str, Any], modality: str) -> dict[str, BY_SEED]:
-    """Metrics by arm and seed."""
+    """Metrics by arm and seed.
+
+    Raises:
+        ValueError: two records of one arm and seed, as another chosen setting leaves them.
+    """
     arms: defaultdict[str, BY_SEED] = defaultdict(dict)
     for key, record in records.items():
         if "arm" in record and key.split("/")[1] == modality:
+            if record["seed"] in arms[record["arm"]]:
+                raise ValueError(f"{key}: a second record of this arm and seed; remove the one of the earlier setting")
             arms[record["arm"]][record["seed"]] = record.get("metrics", {})
     return dict(arms)
 
