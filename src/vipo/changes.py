@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from .config import Config
+from .watch_config import WatchConfig
 
 REFUSED = {
     **dict.fromkeys(
@@ -21,8 +22,10 @@ REFUSED = {
 FREE = {
     *("run.output", "run.save_every", "run.keep", "run.keep_best", "run.sample_every", "run.tensorboard"),
     *("run.iterations", "prompts.path", "parallel.shard", "parallel.cpu_offload", "parallel.timeout"),
+    *(f"watch.{key}" for key in WatchConfig.model_fields),
 }
-"""Keys that change nothing of what an iteration computes; of prompts.path the content is compared instead."""
+"""Keys that change nothing of what an iteration computes; of prompts.path the content is compared instead, of watch
+what the base was evaluated with (`vipo.held_out`)."""
 
 
 def check_changes(old: Mapping[str, Any], new: Config, *, allow: bool) -> list[str]:

@@ -54,7 +54,7 @@ def preflight(config: Config) -> list[Finding]:
     """
     small = config.model_dump()
     small["prompts"].update(per_iteration=1, group_size=2)
-    small["sampling"]["micro_batch"] = config.sampling.given_micro_batch
+    small["sampling"]["micro_batch"] = config.sampling.given_micro_batch or 2
     findings = [_output(config)]
     trainer = Trainer(Config.model_validate(small))
     policy, prompts = trainer.policy, trainer.prompts

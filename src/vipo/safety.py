@@ -13,7 +13,7 @@ import copy
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +42,17 @@ def evidence(**found: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def undone_if_not_finite(optimizer: torch.optim.Optimizer, enabled: bool) -> Iterator[None]:
-    """Put weights and optimizer state back, bit for bit, where a NonFiniteError ends the block.
+def undone_if_not_finite(
+    optimizer: torch.optim.Optimizer, enabled: bool, average: Sequence[Tensor] = ()
+) -> Iterator[None]:
+    """Put weights, their average and optimizer state back, bit for bit, where a NonFiniteError ends the block.
 
-    The copy waits on the CPU: three times the trained weights for AdamW.
+    The copy waits on the CPU: three times the trained weights for AdamW, four with an average.
     """
     if not enabled:
         yield
         return
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]] + list(average)
     weights = [p.detach().to("cpu", copy=True) for p in parameters]
     state = copy.deepcopy(optimizer.state_dict())
     for entry in state["state"].values():

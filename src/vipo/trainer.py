@@ -194,7 +194,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         undo = self.config.optimizer.skip_nonfinite > 0 and len(found.plan) > 1
-        with clock("update"), evidence(found=found, maps=maps), undone_if_not_finite(self.optimizer, undo):
+        average = self.ema.values if self.ema else ()
+        with clock("update"), evidence(found=found, maps=maps), undone_if_not_finite(self.optimizer, undo, average):
             losses = self.ranks.reduce(self._update(found, made))
         self.frames, self.maps = found.buckets[0].frames, maps[0]
         rewards, group_size = found.rewards[:, found.kept], self.config.prompts.group_size
