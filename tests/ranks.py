@@ -15,13 +15,19 @@ import torch
 from tiny_pipelines import build
 
 from vipo.config import Config
-from vipo.distributed import RankError, leave, whole
+from vipo.distributed import RankError, leave, local, whole
+from vipo.safety import NonFiniteGuard
 from vipo.trainer import Trainer
 
 
 def red_less_blue(frames, prompts):
     """A reward."""
     return (frames[:, :, 0] - frames[:, :, 2]).mean((1, 2, 3))
+
+
+def failing(frames, prompts):
+    """A reward that fails."""
+    return torch.full((len(frames),), torch.nan)
 
 
 def blind_to_a(frames, prompts):
@@ -40,14 +46,22 @@ def run(case, folder, rank):
     config = dict(case["config"])
     config["model"] = {"path": str(folder / case["family"]), "lora_rank": 2, **config.get("model", {})}
     config["prompts"] = {"path": str(folder / "prompts.txt"), **config["prompts"]}
+    config["run"] = {"output": str(folder / f"run_{case['name']}")}
     trainer = Trainer(Config.from_mapping(config))
     start = _weights(trainer)
     lines, frames = [], []
-    for iteration in range(case["iterations"]):
-        if case.get("dies") == [rank, iteration]:
-            os._exit(9)
-        lines.append(trainer.step(iteration))
-        frames.append(trainer.frames.double().flatten(1).mean(1).tolist())
+    guard, spread = NonFiniteGuard(trainer.config, trainer.rollouts.batch, rank=rank), trainer.pixel_advantages
+    with trainer.ranks.guard():
+        for iteration in range(case["iterations"]):
+            if case.get("dies") == [rank, iteration]:
+                os._exit(9)
+            if case.get("bad_advantages") == [rank, iteration]:
+                trainer.pixel_advantages = lambda *a: [part * torch.nan for part in spread(*a)]
+            lines.append(guard.attempt(trainer.step, iteration))
+            frames.append(trainer.frames.double().flatten(1).mean(1).tolist())
+    if case.get("bad_weight") == rank:
+        local(trainer.parameters[0].data).fill_(torch.nan)
+        guard.check_state(case["iterations"], trainer.policy.trainable_parameters(), trainer.optimizer)
     found = {"metrics": lines, "frames": frames, "start": start, "weights": _weights(trainer)}
     leave()
     return found

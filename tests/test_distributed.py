@@ -72,8 +72,14 @@ def found(tmp_path_factory):
     full = [case("full_one", 1, FULL), case("full_sharded", 2, FULL, SHARD)]
     constant = {"reward": {"name": "ranks:blind_to_a"}}
     idle = [case("idle_one", 1, constant), case("idle_two", 2, constant)]
-    failing = [case("dies", 2, {"parallel": {"timeout": 30}}, dies=[1, 1]), case("uneven", 3, iterations=1)]
-    return run(tmp_path_factory.mktemp("ranks"), [*two, *full, *idle, *failing])
+    failing = [
+        case("nan_loss", 2, {"parallel": {"shard": True, "timeout": 30}}, bad_advantages=[1, 0]),
+        case("nan_weight", 2, SHARD, iterations=1, bad_weight=1),
+        case("nan_rewards", 2, {"reward": {"name": "ranks:failing"}}, iterations=1),
+    ]
+    folder = tmp_path_factory.mktemp("ranks")
+    failing += [case("dies", 2, {"parallel": {"timeout": 30}}, dies=[1, 1]), case("uneven", 3, iterations=1)]
+    return run(folder, [*two, *full, *idle, *failing]) | {"folder": folder}
 
 
 @pytest.mark.parametrize(
@@ -95,6 +101,24 @@ def test_a_rank_that_dies_stops_the_others(found):
     survivor, dead = found["dies"]
     assert dead is None
     assert "RankError: rank 0 of 2 has lost the others" in survivor["error"] and "--resume" in survivor["error"]
+
+
+def test_what_is_not_finite_on_one_rank_is_named_there_and_ends_all(found):
+    """A replay of sharded weights needs all ranks: none may look for the bad tensor alone."""
+    other, bad = found["nan_loss"]
+    assert "FloatingPointError: iteration 1: loss of step 0 is not finite" in bad["error"]
+    assert "RankError: rank 0 of 2 has lost the others" in other["error"]
+    _, bad = found["nan_weight"]
+    assert "FloatingPointError: iteration 1: weight " in bad["error"]
+
+
+def test_every_rank_has_a_debug_bundle_of_its_own(found):
+    assert all(
+        "FloatingPointError: iteration 1: reward 'ranks:failing' ret" in r["error"] for r in found["nan_rewards"]
+    )
+    bundles = sorted((found["folder"] / "run_nan_rewards" / "debug").iterdir())
+    assert [bundle.name for bundle in bundles] == ["iteration_000001", "iteration_000001_rank1"]
+    assert all((bundle / "tensors.safetensors").is_file() for bundle in bundles)
 
 
 def test_samples_that_cannot_be_shared_are_refused(found):

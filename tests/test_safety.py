@@ -52,7 +52,7 @@ def test_a_bad_denoiser_is_caught_where_it_first_shows(tmp_path, replayed, name)
         trainer.run()
     assert torch.equal(weights(trainer), before) and not trainer.optimizer.state
     record, tensors, folder = bundle_of(tmp_path)
-    batch = trainer.batch(0)
+    batch = trainer.rollouts.batch(0)
     assert (record["tensor"], record["step"], record["iteration"]) == (name, 0, 1)
     assert record["first_bad_index"][0] == 1 and record["micro_batch"]["prompts"] == batch.prompts
     assert f"prompt {batch.prompts[1]!r}" in record["message"]

@@ -197,6 +197,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; another one as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def whole_state(module: nn.Module, *, adapters: bool) -> dict[str, Tensor]:
     """State of a module in one piece; of a sharded one all ranks must ask, and it waits on the CPU.
 

@@ -147,7 +147,8 @@ class Trainer:
             if self._auto and self.iteration and chosen:
                 self.rollouts.micro_batch = chosen[-1]  # a resumed run goes on with its numbers
             self.watch.begin(run.output, self.iteration)
-            stopped, guard = self.watch.stops, NonFiniteGuard(self.config, self.rollouts.batch, done=self.iteration)
+            guard = NonFiniteGuard(self.config, self.rollouts.batch, done=self.iteration, rank=self.ranks.rank)
+            stopped = self.watch.stops
             begins = self.iteration < run.iterations and not stopped
             first = guard.attempt(self.step, self.iteration, again=True) if begins else None
             session.begin(self.iteration)
@@ -331,7 +332,8 @@ class Trainer:
             self._accumulate(traj, part, steps, weight=scale * len(traj) / (samples * len(steps)), totals=totals)
             parts.append((traj, part))
         checked = torch.stack(totals.pop("checked"))
-        if not bool(torch.isfinite(checked).all()):  # asked once: it waits for the device
+        bad = not bool(torch.isfinite(checked).all())  # asked once: it waits for the device
+        if self.ranks.any(bad) if self.config.parallel.shard else bad:  # a replay of sharded weights needs all ranks
             for traj, part in parts:
                 self._accumulate(traj, part, steps, weight=0.0, totals=defaultdict(list), look=True)
             require_finite("loss", checked)
