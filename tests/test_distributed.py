@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_trainer import make
 
+from vipo.build import make_policy
 from vipo.config import Config
-from vipo.distributed import Ranks, _buckets, shard_like, whole
+from vipo.distributed import Ranks, _buckets, shard_like, start, whole
+from vipo.trainer import Trainer
 
 HERE = Path(__file__).parent
 PROMPTS = "a cat\nthe dog\nthe hat\na bus\n"
@@ -75,6 +78,7 @@ def found(tmp_path_factory):
     failing = [
         case("nan_loss", 2, {"parallel": {"shard": True, "timeout": 30}}, bad_advantages=[1, 0]),
         case("nan_weight", 2, SHARD, iterations=1, bad_weight=1),
+        case("auto", 2, {"sampling": {"micro_batch": "auto"}}, iterations=1),
         case("nan_rewards", 2, {"reward": {"name": "ranks:failing"}}, iterations=1),
     ]
     folder = tmp_path_factory.mktemp("ranks")
@@ -119,6 +123,33 @@ def test_every_rank_has_a_debug_bundle_of_its_own(found):
     bundles = sorted((found["folder"] / "run_nan_rewards" / "debug").iterdir())
     assert [bundle.name for bundle in bundles] == ["iteration_000001", "iteration_000001_rank1"]
     assert all((bundle / "tensors.safetensors").is_file() for bundle in bundles)
+
+
+def test_auto_finds_one_micro_batch_for_all_within_a_share(found):
+    assert [rank["metrics"][0]["micro_batch"] for rank in found["auto"]] == [4, 4]
+
+
+def test_a_world_without_a_rank_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="WORLD_SIZE=2 is set but not RANK"):
+        start()
+
+
+def test_one_process_is_not_sharded(tmp_path):
+    config = Config.from_mapping({"parallel": {"shard": True}})
+    assert make_policy(config, trainable=False).denoisers  # as vipo eval does
+    with pytest.raises(ValueError, match="parallel.shard: one process has nobody to share with"):
+        Trainer(config)
+
+
+def test_a_resume_compares_the_ranks(tmp_path, monkeypatch):
+    """On machines without a common disk the others would find no checkpoint and begin anew."""
+    make(tmp_path, run={"iterations": 1}).run()
+    trainer, asked = make(tmp_path, run={"iterations": 1}), []
+    monkeypatch.setattr(Ranks, "equal", lambda self, name, value: asked.append((name, value)))
+    trainer.run(mode="resume")
+    assert asked == [("--resume: the iteration of the newest checkpoint", 1)]
 
 
 def test_samples_that_cannot_be_shared_are_refused(found):

@@ -96,6 +96,12 @@ class Ranks:
         """Whether the flag is set on any rank."""
         return flag if self.world == 1 else bool(self.gather(torch.tensor([flag], device=_device())).any())
 
+    def largest(self, value: float) -> float:
+        """The largest of a number on any rank."""
+        if self.world == 1:
+            return value
+        return float(self.gather(torch.tensor([value], dtype=torch.float64, device=_device())).max())
+
     def equal(self, name: str, value: int) -> None:
         """Raise ValueError unless a number is the same on all ranks."""
         found = self.gather(torch.tensor([value], device=_device())).tolist() if self.world > 1 else [value]
@@ -155,11 +161,14 @@ def start(*, device: str | None = None, timeout: float = 600.0) -> Ranks:
         timeout: seconds after which a rank that waits in vain gives up.
 
     Raises:
+        ValueError: WORLD_SIZE is set, but not which rank this is.
         RankError: the others cannot be reached.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Ranks()
+    if "RANK" not in os.environ:
+        raise ValueError(f"WORLD_SIZE={world} is set but not RANK; unset it, or start with torchrun -m vipo train ...")
     ranks = Ranks(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")), timeout)
     cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
     if cuda:
