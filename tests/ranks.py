@@ -15,13 +15,19 @@ import torch
 from tiny_pipelines import build
 
 from vipo.config import Config
-from vipo.distributed import RankError, leave, whole
+from vipo.distributed import RankError, leave, local, whole
+from vipo.safety import NonFiniteGuard
 from vipo.trainer import Trainer
 
 
 def red_less_blue(frames, prompts):
     """A reward."""
     return (frames[:, :, 0] - frames[:, :, 2]).mean((1, 2, 3))
+
+
+def failing(frames, prompts):
+    """A reward that fails."""
+    return torch.full((len(frames),), torch.nan)
 
 
 def blind_to_a(frames, prompts):
@@ -58,20 +64,27 @@ def run(case, folder, rank):
     torch.set_num_threads(1)
     config = dict(case["config"])
     config["model"] = {"path": str(folder / case["family"]), "lora_rank": 2, **config.get("model", {})}
-    run = {"output": str(folder / "run"), "iterations": case["iterations"], "tensorboard": False}
+    output = str(folder / f"run_{case.get('begun_by', case['name'])}")
+    run = {"output": output, "iterations": case["iterations"], "tensorboard": False}
     config["run"] = {**run, **config.get("run", {})}
     config["prompts"] = {"path": str(folder / "prompts.txt"), **config["prompts"]}
     trainer = Trainer(Config.from_mapping(config))
     start = _weights(trainer)
     lines, frames = [], []
+    guard, spread = NonFiniteGuard(trainer.config, trainer.rollouts.batch, rank=rank), trainer.pixel_advantages
     if "mode" in case:  # with a run directory
         trainer.run(mode=case["mode"], on_iteration=lambda iteration, metrics: lines.append(metrics))
-        case = {**case, "iterations": 0}
-    for iteration in range(case["iterations"]):
-        if case.get("dies") == [rank, iteration]:
-            os._exit(9)
-        lines.append(trainer.step(iteration))
-        frames.append(trainer.frames.double().flatten(1).mean(1).tolist())
+    with trainer.ranks.guard():
+        for iteration in range(0 if "mode" in case else case["iterations"]):
+            if case.get("dies") == [rank, iteration]:
+                os._exit(9)
+            if case.get("bad_advantages") == [rank, iteration]:
+                trainer.pixel_advantages = lambda *a: [part * torch.nan for part in spread(*a)]
+            lines.append(guard.attempt(trainer.step, iteration))
+            frames.append(trainer.frames.double().flatten(1).mean(1).tolist())
+    if case.get("bad_weight") == rank:
+        local(trainer.parameters[0].data).fill_(torch.nan)
+        guard.check_state(case["iterations"], trainer.policy.trainable_parameters(), trainer.optimizer)
     found = {
         "iterations": trainer.iteration,
         "metrics": lines,

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_trainer import make
 
+from vipo.build import make_policy
 from vipo.config import Config
-from vipo.distributed import Ranks, _buckets, shard_like, whole
+from vipo.distributed import Ranks, _buckets, shard_like, start, whole
+from vipo.trainer import Trainer
 
 HERE = Path(__file__).parent
 PROMPTS = "a cat\nthe dog\nthe hat\na bus\n"
@@ -75,8 +78,18 @@ def found(tmp_path_factory):
     full = [case("full_one", 1, FULL), case("full_sharded", 2, FULL, SHARD)]
     constant = {"reward": {"name": "ranks:blind_to_a"}}
     idle = [case("idle_one", 1, constant), case("idle_two", 2, constant)]
-    failing = [case("dies", 2, {"parallel": {"timeout": 30}}, dies=[1, 1]), case("uneven", 3, iterations=1)]
-    resumed = [case("saved", 2, SHARD, iterations=1, mode="no"), case("resumed", 1, iterations=2, mode="resume")]
+    bad = [
+        case("nan_loss", 2, {"parallel": {"shard": True, "timeout": 30}}, bad_advantages=[1, 0]),
+        case("nan_weight", 2, SHARD, iterations=1, bad_weight=1),
+        case("auto", 2, {"sampling": {"micro_batch": "auto"}}, iterations=1),
+        case("nan_rewards", 2, {"reward": {"name": "ranks:failing"}}, iterations=1),
+        case("dies", 2, {"parallel": {"timeout": 30}}, dies=[1, 1]),
+        case("uneven", 3, iterations=1),
+    ]
+    resumed = [
+        case("saved", 2, SHARD, iterations=1, mode="no"),
+        case("resumed", 1, iterations=2, mode="resume", begun_by="saved"),
+    ]
     folder = tmp_path_factory.mktemp("ranks")
     sizes = {"prompts": {"path": str(folder / "sizes.jsonl"), "per_iteration": 4, "group_size": 2}}
     sized = [case("sizes_one", 1, sizes, iterations=1), case("sizes_two", 2, sizes, iterations=1)]
@@ -89,13 +102,12 @@ def found(tmp_path_factory):
                 "reward": {"name": "ranks:rising"},
                 "watch": {**watch, "rewards": [f"ranks:falling_on_rank_{rank}"]},
                 "parallel": {"timeout": 30},
-                "run": {"output": str(folder / f"stop_{rank}"), "iterations": 2},
             },
             mode="no",
         )
         for rank in (0, 1)
     ]
-    return run(folder, [*two, *full, *idle, *failing, *resumed, *sized, *stops])
+    return run(folder, [*two, *full, *idle, *bad, *resumed, *sized, *stops]) | {"folder": folder}
 
 
 @pytest.mark.parametrize(
@@ -135,6 +147,51 @@ def test_a_rank_that_dies_stops_the_others(found):
 def test_rank_0_alone_ends_a_run_by_its_watch(found):
     assert [rank["iterations"] for rank in found["stop_0"]] == [1, 1]
     assert [rank["iterations"] for rank in found["stop_1"]] == [2, 2]
+
+
+def test_what_is_not_finite_on_one_rank_is_named_there_and_ends_all(found):
+    """A replay of sharded weights needs all ranks: none may look for the bad tensor alone."""
+    other, bad = found["nan_loss"]
+    assert "FloatingPointError: iteration 1: loss of step 0 is not finite" in bad["error"]
+    assert "RankError: rank 0 of 2 has lost the others" in other["error"]
+    _, bad = found["nan_weight"]
+    assert "FloatingPointError: iteration 1: weight " in bad["error"]
+
+
+def test_every_rank_has_a_debug_bundle_of_its_own(found):
+    assert all(
+        "FloatingPointError: iteration 1: reward 'ranks:failing' ret" in r["error"] for r in found["nan_rewards"]
+    )
+    bundles = sorted((found["folder"] / "run_nan_rewards" / "debug").iterdir())
+    assert [bundle.name for bundle in bundles] == ["iteration_000001", "iteration_000001_rank1"]
+    assert all((bundle / "tensors.safetensors").is_file() for bundle in bundles)
+
+
+def test_auto_finds_one_micro_batch_for_all_within_a_share(found):
+    assert [rank["metrics"][0]["micro_batch"] for rank in found["auto"]] == [4, 4]
+
+
+def test_a_world_without_a_rank_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="WORLD_SIZE=2 is set but not RANK"):
+        start()
+
+
+def test_one_process_is_not_sharded(tmp_path):
+    config = Config.from_mapping({"parallel": {"shard": True}})
+    assert make_policy(config, trainable=False).denoisers  # as vipo eval does
+    with pytest.raises(ValueError, match="parallel.shard: one process has nobody to share with"):
+        Trainer(config)
+
+
+def test_a_resume_compares_the_ranks(tmp_path, monkeypatch):
+    """On machines without a common disk the others would find no checkpoint and begin anew."""
+    make(tmp_path, run={"iterations": 1}).run()
+    trainer, asked = make(tmp_path, run={"iterations": 1}), []
+    monkeypatch.setattr(Ranks, "equal", lambda self, name, value: asked.append((name, value)))
+    trainer.run(mode="resume")
+    assert asked == [("--resume: the iteration of the newest checkpoint", 1)]
 
 
 def test_samples_that_cannot_be_shared_are_refused(found):

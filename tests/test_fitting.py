@@ -54,6 +54,16 @@ def test_what_waits_and_what_comes_later_count():
     assert find_micro_batch(trial, 12, CPU, later=0, most=2, limit=10**9).needs.keys() == {1, 2}
 
 
+def test_ranks_agree_on_the_least_of_them():
+    """Of two ranks, the other needs 100 bytes more and has 30 less; both try the same sizes."""
+    trials = [linear_trial(10, 5), linear_trial(110, 5)]
+    alone = find_micro_batch(trials[1][0], 12, CPU, later=0, limit=150)
+    agreed = find_micro_batch(
+        trials[0][0], 12, CPU, later=0, limit=180, agree=lambda number: number + (100 if number > 0 else 30)
+    )
+    assert agreed == alone and 0 < agreed.micro_batch < 12
+
+
 def test_a_size_that_breaks_is_approached_by_halves():
     trial, tried = linear_trial(0, 1, breaks_at=7)
     found = find_micro_batch(trial, 16, CPU, later=0, limit=10**9)

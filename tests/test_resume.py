@@ -264,6 +264,9 @@ def test_a_lock_is_held_by_one_and_freed(tmp_path):
         with pytest.raises(ValueError, match="is being written by"), RunLock(run):
             pass
     require_unlocked(run)
+    with (run / ".lock").open("r+") as another:
+        fcntl.flock(another, fcntl.LOCK_SH)  # another rank that asks in the same instant
+        require_unlocked(run)
 
 
 def test_a_file_system_without_locks_is_said_so(tmp_path, monkeypatch, caplog):

@@ -127,12 +127,13 @@ def test_a_large_bad_tensor_is_cut_to_its_sample_and_the_rest_left_out(tmp_path,
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_skipped_iteration_leaves_weights_and_moments_as_they_were(tmp_path, caplog, updates, failing):
     """The last update of the failing iteration is bad; the next iterations are those of a run that never met it."""
-    optimizer = {"updates_per_rollout": updates, "skip_nonfinite": 1, "learning_rate": 1e-2}
+    optimizer = {"updates_per_rollout": updates, "skip_nonfinite": 1, "learning_rate": 1e-2, "ema": 0.5}
     trainer = make(tmp_path, optimizer=optimizer)
     step, states = trainer.step, []
 
     def watched(iteration):
-        states.append((weights(trainer).clone(), numbers_of(trainer.optimizer)))
+        averages = {("ema", i): value.clone() for i, value in enumerate(trainer.ema.values)}
+        states.append((weights(trainer).clone(), numbers_of(trainer.optimizer) | averages))
         count = 0
 
         def hook(gradient):

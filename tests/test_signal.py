@@ -288,6 +288,7 @@ def test_command_line(tmp_path):
     [
         (["nano_vipo", "--signal", "--groups", "3"], "--groups: expected at least 4, got 3"),
         (["nano_vipo", "--groups", "8"], "--groups: goes with --signal only"),
+        (["nano_vipo", "--memory", "--signal"], "--signal and --memory: give one of them"),
         (["nano_vipo", "--json", "a.json"], "--json: goes with --signal only"),
         (["nano_vipo", "--maps", "smoothing=0"], "--maps: goes with --signal only"),
         (["nano_grpo", "--signal"], "at loss.level=sample a map acts through its mean only; add --loss.level=position"),

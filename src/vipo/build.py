@@ -15,7 +15,7 @@ from .trainable import LORA_TARGETS, Training
 
 
 def make_policy(config: Config, *, trainable: bool = True, ranks: Ranks | None = None) -> DiffusersPolicy:
-    """Build the policy of a config; without adapter and gradients where it is not `trainable`."""
+    """Build the policy of a config; without adapter and gradients where it is not `trainable`, sharded over ranks."""
     model = config.model
     lora = LoraConfig(
         r=model.lora_rank,
@@ -36,7 +36,9 @@ def make_policy(config: Config, *, trainable: bool = True, ranks: Ranks | None =
         dtype=getattr(torch, model.dtype),
         autocast=getattr(torch, model.autocast) if model.autocast else None,
         device=(ranks or Ranks()).device(model.device),
-        shard=functools.partial(shard, cpu_offload=config.parallel.cpu_offload) if config.parallel.shard else None,
+        shard=functools.partial(shard, cpu_offload=config.parallel.cpu_offload)
+        if config.parallel.shard and ranks is not None
+        else None,
     )
     vae = {"tiling": model.vae_tiling, "slicing": model.vae_slicing, "channels_last": model.vae_channels_last}
     enable_vae(policy.pipeline, **vae)

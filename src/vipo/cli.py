@@ -218,7 +218,9 @@ def _check(options: argparse.Namespace) -> int:
     from config.json files alone (docs/scaling.md)."""
     if not options.memory and (options.ranks is not None or options.shard):
         raise ValueError("--ranks, --shard: go with --memory only")
-    if options.signal and not options.memory:
+    if options.signal and options.memory:
+        raise ValueError("--signal and --memory: give one of them")
+    if options.signal:
         return _signal(options)
     for name in ("groups", "maps", "json"):
         if getattr(options, name) is not None:

@@ -94,11 +94,17 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
-        return flag if self.world == 1 else bool(self.gather(torch.tensor([flag], device=_device())).any())
+        return flag if self.world == 1 else bool(self.gather(torch.tensor([flag])).any())
+
+    def largest(self, value: float) -> float:
+        """The largest of a number on any rank."""
+        if self.world == 1:
+            return value
+        return float(self.gather(torch.tensor([value], dtype=torch.float64)).max())
 
     def equal(self, name: str, value: int) -> None:
         """Raise ValueError unless a number is the same on all ranks."""
-        found = self.gather(torch.tensor([value], device=_device())).tolist() if self.world > 1 else [value]
+        found = self.gather(torch.tensor([value])).tolist() if self.world > 1 else [value]
         if len(set(found)) > 1:
             raise ValueError(f"{name}: differs between ranks ({', '.join(map(str, found))}), which must work in step")
 
@@ -155,18 +161,22 @@ def start(*, device: str | None = None, timeout: float = 600.0) -> Ranks:
         timeout: seconds after which a rank that waits in vain gives up.
 
     Raises:
+        ValueError: WORLD_SIZE is set, but not which rank this is.
         RankError: the others cannot be reached.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Ranks()
+    if "RANK" not in os.environ:
+        raise ValueError(f"WORLD_SIZE={world} is set but not RANK; unset it, or start with torchrun -m vipo train ...")
     ranks = Ranks(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")), timeout)
     cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
     if cuda:
         torch.cuda.set_device(ranks.local)
     if not dist.is_initialized():
         with ranks.guard():
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
+            # tensors on the CPU too: flags, and shards that wait there
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout))
     return ranks
 
 
@@ -197,6 +207,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; another one as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def whole_state(module: nn.Module, *, adapters: bool) -> dict[str, Tensor]:
     """State of a module in one piece; of a sharded one all ranks must ask, and it waits on the CPU.
 
@@ -219,10 +234,6 @@ def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
     if not isinstance(other, DTensor):
         return tensor.to(other.device)
     return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements)
-
-
-def _device() -> str:
-    return "cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu"
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

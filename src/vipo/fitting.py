@@ -119,6 +119,7 @@ def find_micro_batch(
     later: int,
     most: int | None = None,
     limit: float | None = None,
+    agree: Callable[[float], float] = float,
 ) -> Fit:
     """Find the largest micro-batch that fits, by trying 1, 2, 4, ... samples.
 
@@ -135,12 +136,13 @@ def find_micro_batch(
         later: bytes that come after the trial: the optimizer's moments, and gradients during a rollout.
         most: largest size that is tried; default N.
         limit: bytes; default `USABLE` of what is free.
+        agree: a number -> the largest of it on any rank, so that all ranks try and find the same.
     """
-    limit = USABLE * free_memory(device) if limit is None else limit
+    limit = -agree(-(USABLE * free_memory(device) if limit is None else limit))
     needs: dict[int, float] = {}
     good, size, most = 0, 1, most or samples
     while size > good:
-        needs[size] = _need(trial, size, samples, device) + later
+        needs[size] = agree(_need(trial, size, samples, device) + later)
         if needs[size] <= limit:
             good = size
             size = min(most, 2 * good, _reach(needs, limit))
@@ -194,18 +196,18 @@ def waiting_bytes(traj: Trajectory, frames: Tensor, *, on_device: bool) -> float
     return (2 * frames.nbytes + (sum(t.nbytes for t in tensors) if on_device else 0)) / len(traj)
 
 
-def advice(config: Config, device: torch.device, fit: Callable[[int], Fit], used: int) -> str:
+def advice(config: Config, device: torch.device, fit: Callable[[int], Fit] | None, used: int) -> str:
     """Say what to set after memory has run out.
 
     Args:
         config: of the run.
         device: where it ran out.
-        fit: the largest micro-batch up to a size that fits, by trying.
+        fit: the largest micro-batch up to a size that fits, by trying; None where nothing can be tried.
         used: samples of the micro-batch that did not fit.
     """
-    found = fit(used - 1) if used > 1 else None
+    found = fit(used - 1) if used > 1 and fit else None
     if found is None:
-        begun = "sampling.micro_batch is 1 already"
+        begun = "sampling.micro_batch is 1 already" if used == 1 else f"sampling.micro_batch={used} did not fit"
     elif found.micro_batch:
         begun = f"sampling.micro_batch={found.micro_batch} instead of {used} would fit ({found})"
     else:

@@ -71,12 +71,12 @@ def require_unlocked(folder: Path) -> None:
     """Raise ValueError if another process is writing to the run directory; nothing is written."""
     if (folder / LOCK).is_file() and os.access(folder / LOCK, os.R_OK | os.W_OK):
         with (folder / LOCK).open("r+", encoding="utf-8") as stream:
-            _flock(stream, folder)
+            _flock(stream, folder, fcntl.LOCK_SH)  # several ranks may ask at once
 
 
-def _flock(stream: IO[str], folder: Path) -> None:
+def _flock(stream: IO[str], folder: Path, kind: int = fcntl.LOCK_EX) -> None:
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(stream, kind | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             stream.seek(0)

@@ -34,6 +34,7 @@ class Rollouts:
         ranks: all processes of the run; each makes its share.
 
     Attributes:
+        share: samples of an iteration on this rank.
         micro_batch: samples per rollout and replay call.
     """
 
@@ -43,7 +44,9 @@ class Rollouts:
         self.config, self.prompts, self.policy, self.reward, self.ranks = config, prompts, policy, reward, ranks
         overlap = config.reward.asynchronous
         self.scoring = Background(policy.device, config.model.offload) if overlap else afterwards
-        self.micro_batch = config.sampling.given_micro_batch or config.num_samples
+        own = ranks.share(config.num_samples)
+        self.share = own.stop - own.start
+        self.micro_batch = config.sampling.given_micro_batch or self.share
 
     def batch(self, iteration: int) -> PromptBatch:
         """Prompts and seeds of an iteration."""

@@ -13,7 +13,7 @@ import copy
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import Config
+from .distributed import local
 from .runlog import BUNDLES, read_metrics
 from .types import Experience, NonFiniteError, PromptBatch, StepRecord, Trajectory, require_finite
 from .versions import versions
@@ -42,15 +43,17 @@ def evidence(**found: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def undone_if_not_finite(optimizer: torch.optim.Optimizer, enabled: bool) -> Iterator[None]:
-    """Put weights and optimizer state back, bit for bit, where a NonFiniteError ends the block.
+def undone_if_not_finite(
+    optimizer: torch.optim.Optimizer, enabled: bool, average: Sequence[Tensor] = ()
+) -> Iterator[None]:
+    """Put weights, their average and optimizer state back, bit for bit, where a NonFiniteError ends the block.
 
-    The copy waits on the CPU: three times the trained weights for AdamW.
+    The copy waits on the CPU: three times the trained weights for AdamW, four with an average.
     """
     if not enabled:
         yield
         return
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]] + list(average)
     weights = [p.detach().to("cpu", copy=True) for p in parameters]
     state = copy.deepcopy(optimizer.state_dict())
     for entry in state["state"].values():
@@ -69,29 +72,26 @@ def require_finite_gradients(parameters: Mapping[str, nn.Parameter], norm: Tenso
     """Raise NonFiniteError naming the first parameter with a bad gradient, if the norm of all is not finite.
 
     Args:
-        parameters: by name, with their gradients.
+        parameters: by name, with their gradients; of sharded ones this rank's part is looked at.
         norm: of all gradients together, 0-dim.
     """
     if bool(torch.isfinite(norm)):
         return
-    bad = [name for name, p in parameters.items() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
-    with evidence(gradients=_gradient_statistics(parameters, bad), weight=parameters[bad[0]] if bad else norm):
+    gradients = {name: local(p.grad) for name, p in parameters.items() if p.grad is not None}
+    bad = [name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())]
+    shown = {name: gradients[name] for name in bad[:1]} or gradients
+    found = {"parameters": len(parameters), "bad": len(bad), **_largest_finite(shown)}
+    with evidence(gradients=found, weight=local(parameters[bad[0]]) if bad else norm):
         for name in bad:
-            require_finite(f"gradient of {name}", _gradient(parameters[name]))
+            require_finite(f"gradient of {name}", gradients[name])
         require_finite("gradient norm", norm)
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
-
-
-def _gradient_statistics(parameters: Mapping[str, nn.Parameter], bad: list[str]) -> dict[str, Any]:
-    """How many parameters are bad, and the largest finite gradient of the first of them or, without any, of all."""
-    shown = bad[:1] or [name for name, p in parameters.items() if p.grad is not None]
-    largest = {name: float(torch.nan_to_num(_gradient(parameters[name]), 0, 0, 0).abs().max()) for name in shown}
+def _largest_finite(gradients: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The largest finite gradient, and whose it is."""
+    largest = {name: float(torch.nan_to_num(g, 0, 0, 0).abs().max()) for name, g in gradients.items() if g.numel()}
     name = max(largest, key=lambda key: largest[key])
-    return {"parameters": len(parameters), "bad": len(bad), "parameter": name, "largest_finite": largest[name]}
+    return {"parameter": name, "largest_finite": largest[name]}
 
 
 class NonFiniteGuard:
@@ -101,10 +101,11 @@ class NonFiniteGuard:
         config: of the run.
         batch_of: the prompts and seeds of an iteration (0-based).
         done: iterations that a resumed run has behind it; those of them that were skipped count.
+        rank: of this process, which has a bundle of its own.
     """
 
-    def __init__(self, config: Config, batch_of: Callable[[int], PromptBatch], *, done: int = 0) -> None:
-        self.config, self.batch_of = config, batch_of
+    def __init__(self, config: Config, batch_of: Callable[[int], PromptBatch], *, done: int = 0, rank: int = 0) -> None:
+        self.config, self.batch_of, self.rank = config, batch_of, rank
         self.limit = config.optimizer.skip_nonfinite
         past = [line for line in read_metrics(config.run.output) if line["iteration"] <= done]
         self.skipped = sum("skipped" in line for line in past)
@@ -149,31 +150,34 @@ class NonFiniteGuard:
         """
         try:
             for name, parameter in parameters.items():
-                require_finite(f"weight {name}", parameter)
+                require_finite(f"weight {name}", local(parameter))
                 for key, value in optimizer.state.get(parameter, {}).items():
-                    require_finite(f"{key} of {name}", value)
+                    require_finite(f"{key} of {name}", local(value))
         except NonFiniteError as error:
             raise FloatingPointError(self._record(iteration - 1, error)) from error
 
     def _record(self, iteration: int, error: NonFiniteError) -> str:
-        bundle = write_bundle(self.config, iteration, error, self.batch_of(iteration))
+        bundle = write_bundle(self.config, iteration, error, self.batch_of(iteration), self.rank)
         return f"iteration {iteration + 1}: {error}; debug bundle: {bundle}"
 
 
-def write_bundle(config: Config, iteration: int, error: NonFiniteError, batch: PromptBatch) -> Path:
-    """Write RUN/debug/iteration_NNNNNN (1-based) under a temporary name, and rename it.
+def write_bundle(config: Config, iteration: int, error: NonFiniteError, batch: PromptBatch, rank: int = 0) -> Path:
+    """Write RUN/debug/iteration_NNNNNN (1-based, of rank R > 0 iteration_NNNNNN_rankR) under a temporary name, and
+    rename it.
 
     Args:
         config: of the run.
         iteration: 0-based.
         error: with its evidence.
         batch: prompts and seeds of the iteration.
+        rank: of this process: several may meet the same tensor at the same time.
 
     Returns:
         The folder.
     """
-    folder = config.run.output / BUNDLES / f"iteration_{iteration + 1:06d}"
-    partial = folder.with_name(f"partial_{iteration + 1:06d}")
+    name = f"{iteration + 1:06d}" + f"_rank{rank}" * (rank > 0)
+    folder = config.run.output / BUNDLES / f"iteration_{name}"
+    partial = folder.with_name(f"partial_{name}")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     found, bad = error.evidence, ~torch.isfinite(error.tensor)

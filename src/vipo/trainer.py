@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import math
@@ -73,6 +74,8 @@ class Trainer:
         self.ranks = start(device=config.model.device, timeout=config.parallel.timeout)
         if self.ranks.world > 1 and config.optimizer.skip_nonfinite:
             raise ValueError("optimizer.skip_nonfinite: with several ranks only 0: they cannot skip each for itself")
+        if self.ranks.world == 1 and config.parallel.shard:
+            raise ValueError("parallel.shard: one process has nobody to share with; start with torchrun, or set false")
         seed_all(config.run.seed)  # the adapter's initial weights
         self.policy = policy or within_memory(
             lambda: make_policy(config, ranks=self.ranks),
@@ -106,12 +109,12 @@ class Trainer:
         self.rollouts = Rollouts(config, self.prompts, self.policy, self.reward, self.ranks)
         self._auto = config.sampling.micro_batch == "auto"
         if self._auto:
-            fit = self.fit(config.num_samples)
+            fit = self.fit(self.rollouts.share)
             if fit.micro_batch == 0:
                 knobs = larger_knobs(config, self.policy.device)
                 raise OutOfMemory(f"sampling.micro_batch=auto: not even one sample fits ({fit}); what helps: {knobs}")
             self.rollouts.micro_batch = fit.micro_batch
-            log.info("sampling.micro_batch: %d of %d samples (%s)", fit.micro_batch, config.num_samples, fit)
+            log.info("sampling.micro_batch: %d of %d samples (%s)", fit.micro_batch, self.rollouts.share, fit)
 
     @property
     def micro_batch(self) -> int:
@@ -143,12 +146,13 @@ class Trainer:
         with Session(self.config, mode, self.prompts, self.policy, self.optimizer, self.ema, self.ranks) as session:
             if mode == "resume":
                 self.iteration = session.resume(allow_changes=allow_changes)
+                self.ranks.equal("--resume: the iteration of the newest checkpoint", self.iteration)
             chosen = [line["micro_batch"] for line in read_metrics(run.output) if "micro_batch" in line]
             if self._auto and self.iteration and chosen:
                 self.rollouts.micro_batch = chosen[-1]  # a resumed run goes on with its numbers
             self.watch.begin(run.output, self.iteration)
             stopped = self.ranks.any(self.watch.stops)
-            guard = NonFiniteGuard(self.config, self.rollouts.batch, done=self.iteration)
+            guard = NonFiniteGuard(self.config, self.rollouts.batch, done=self.iteration, rank=self.ranks.rank)
             begins = self.iteration < run.iterations and not stopped
             first = guard.attempt(self.step, self.iteration, again=True) if begins else None
             session.begin(self.iteration)
@@ -195,7 +199,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         undo = self.config.optimizer.skip_nonfinite > 0 and len(found.plan) > 1
-        with clock("update"), evidence(found=found, maps=maps), undone_if_not_finite(self.optimizer, undo):
+        average = self.ema.values if self.ema else ()
+        with clock("update"), evidence(found=found, maps=maps), undone_if_not_finite(self.optimizer, undo, average):
             losses = self.ranks.reduce(self._update(found, made))
         self.frames, self.maps = found.buckets[0].frames, maps[0]
         rewards, group_size = found.rewards[:, found.kept], self.config.prompts.group_size
@@ -221,13 +226,17 @@ class Trainer:
         """Sample the groups of an iteration and score them."""
         return self.rollouts.experience(iteration, clock)
 
-    def fit(self, most: int, samples: int | None = None) -> Fit:
-        """Find the largest micro-batch up to `most` that fits into the free memory with `samples` per iteration."""
+    def fit(self, most: int, samples: int | None = None, *, alone: bool = False) -> Fit:
+        """Find the largest micro-batch up to `most` that fits into the free memory with `samples` per iteration.
+
+        Unless `alone`, all ranks must ask, and find the same.
+        """
         trained = sum(p.nbytes for p in self.parameters)
         later = trained * (1 if self.optimizer.state else 3)  # a gradient, and moments that are not there yet
         device = self.policy.device
-        samples = samples or self.config.num_samples
-        return find_micro_batch(self.try_micro_batch, samples, device, later=later, most=most)
+        agree = float if alone else self.ranks.largest
+        samples = samples or self.rollouts.share
+        return find_micro_batch(self.try_micro_batch, samples, device, later=later, most=most, agree=agree)
 
     def try_micro_batch(self, size: int) -> float:
         """Sample, decode and replay a step of `size` samples with its gradient, and forget it: no weight changes.
@@ -253,7 +262,8 @@ class Trainer:
 
     def _memory_advice(self) -> str:
         self.optimizer.zero_grad(set_to_none=True)
-        return advice(self.config, self.policy.device, self.fit, self.micro_batch)
+        fit = None if self.config.parallel.shard else functools.partial(self.fit, alone=True)  # others may not try
+        return advice(self.config, self.policy.device, fit, min(self.micro_batch, self.rollouts.share))
 
     def maps_of(self, found: Experience, iteration: int, source: MapSource | RewardMaps | None = None) -> list[Tensor]:
         """Make the maps of every bucket, by the map section's source or another."""
@@ -340,7 +350,8 @@ class Trainer:
             self._accumulate(traj, part, steps, weight=scale * len(traj) / (samples * len(steps)), totals=totals)
             parts.append((traj, part))
         checked = torch.stack(totals.pop("checked"))
-        if not bool(torch.isfinite(checked).all()):  # asked once: it waits for the device
+        bad = not bool(torch.isfinite(checked).all())  # asked once: it waits for the device
+        if self.ranks.any(bad) if self.config.parallel.shard else bad:  # a replay of sharded weights needs all ranks
             for traj, part in parts:
                 self._accumulate(traj, part, steps, weight=0.0, totals=defaultdict(list), look=True)
             require_finite("loss", checked)
