@@ -236,7 +236,7 @@ def test_the_token_is_sent_and_never_shown(monkeypatch, caplog):
     ) as server:
         text = asks(server.url + "?part=hidden", ValueError, r"bad Bearer \*\*\*", token_env="REWARD_TOKEN")
         assert server.requests[0][1]["Authorization"] == f"Bearer {TOKEN}" and "hidden" not in text
-        assert server.requests[0][0] == "/score?key=hidden"
+        assert server.requests[0][0] == "/score?part=hidden"
         shown = repr(RemoteReward(server.url + "?part=hidden", token_env="REWARD_TOKEN"))
         assert TOKEN not in shown and "hidden" not in shown and "REWARD_TOKEN" in shown
     with fake(lambda handler, body: send(handler, handler.headers["Authorization"].encode())) as server:
