@@ -31,11 +31,11 @@ class Difference(NamedTuple):
     seeds: int
 
     def __str__(self) -> str:
-        """+.120 +- .034, bold where the interval leaves 0."""
+        """+.120 +- .034, bold where the interval leaves 0; of fewer than three seeds it says too little to be bold."""
         text = (
             f"{number(self.mean, sign=True)} ± {number(self.half)}" if self.seeds > 1 else number(self.mean, sign=True)
         )
-        return f"**{text}**" if abs(self.mean) > self.half else text
+        return f"**{text}**" if self.seeds > 2 and abs(self.mean) > self.half else text
 
 
 def number(value: float, *, sign: bool = False) -> str:
