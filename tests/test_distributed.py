@@ -209,6 +209,18 @@ def test_alone_everything_is_what_it_was():
     assert whole(tensor) is tensor and shard_like(tensor, tensor) is tensor
 
 
+def test_every_rank_has_a_device_of_its_own(monkeypatch):
+    assert Ranks(1, 2, 1).device("cuda") == "cuda:1" and Ranks(1, 2, 1).device("cpu") == "cpu"
+    assert Ranks().device("cuda:1") == "cuda:1"
+    with pytest.raises(ValueError, match="cuda:1 cannot be that of 2 ranks; write cuda"):
+        Ranks(0, 2).device("cuda:1")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ValueError, match="rank 1: 1 GPUs here, none for local rank 1; start fewer ranks"):
+        start(device="cuda")
+
+
 def test_gradients_travel_in_buckets_of_one_kind(monkeypatch):
     monkeypatch.setattr("vipo.distributed.BUCKET", 40)
     sizes = [(4, torch.float32), (5, torch.float32), (9, torch.float32), (40, torch.float32), (2, torch.float64)]

@@ -50,7 +50,14 @@ class Ranks:
         return self.rank == 0
 
     def device(self, wanted: str | None) -> str | None:
-        """The device of this rank: its own accelerator where none, or only its kind, is named."""
+        """The device of this rank: its own accelerator where none, or only its kind, is named.
+
+        Raises:
+            ValueError: one accelerator is named for several ranks.
+        """
+        if self.world > 1 and wanted is not None and ":" in wanted:
+            kind = wanted.split(":")[0]
+            raise ValueError(f"model.device: {wanted} cannot be that of {self.world} ranks; write {kind}, or null")
         if self.world == 1 or wanted not in (None, "cuda"):
             return wanted
         return f"cuda:{self.local}" if torch.cuda.is_available() or wanted else None
@@ -172,6 +179,11 @@ def start(*, device: str | None = None, timeout: float = 600.0) -> Ranks:
     ranks = Ranks(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")), timeout)
     cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
     if cuda:
+        found = torch.cuda.device_count()
+        if ranks.local >= found:
+            raise ValueError(
+                f"rank {ranks.rank}: {found} GPUs here, none for local rank {ranks.local}; start fewer ranks"
+            )
         torch.cuda.set_device(ranks.local)
     if not dist.is_initialized():
         with ranks.guard():
