@@ -282,10 +282,10 @@ class Watch:
         found += diversity_fall(now, self._base, watch.diversity)
         return [replace(warning, clean=(now.iteration - 1) // every * every) for warning in found]
 
-    def close(self, checkpoints: Path) -> str:
-        """Return how the run ended, "finished" or "stopped", and say why it was stopped."""
+    def close(self, checkpoints: Path) -> None:
+        """Say why the run was stopped, if it was."""
         if not self.stops:
-            return "finished"
+            return
         first = next(warning for warning in self.warnings if warning.kind == HACKING)
         before = [path for path in list_checkpoints(checkpoints) if int(path.name.removeprefix("step_")) <= first.clean]
         log.warning(
@@ -296,7 +296,6 @@ class Watch:
             first.clean,
             before[-1] if before else "no checkpoint (run.save_every, run.keep), only the base",
         )
-        return "stopped"
 
     def _write(self, folder: Path) -> None:
         watched, not_watched = self.coverage()
