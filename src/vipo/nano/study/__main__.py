@@ -25,7 +25,9 @@ def main() -> None:
     parser.add_argument("--only", choices=("image", "video"), help="one kind only")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     parser.add_argument(
-        "--quick", action="store_true", help="the same code on a few iterations, minutes; proves nothing"
+        "--quick",
+        action="store_true",
+        help="some runs of every table, one iteration each: a minute or two; proves nothing",
     )
     parser.add_argument("--page", action="store_true", help="only write the page from the records there are")
     options = parser.parse_args()

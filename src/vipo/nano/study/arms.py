@@ -61,6 +61,7 @@ VIDEO_REST = (
     Arm("inverted", "inverted map", {"map.control": "inverted"}),
     Arm("motion", "map x frame difference", {"map.motion": "difference"}),
     Arm("per_frame", "one PCA basis per frame", {"map.pca_scope": "frame"}),
+    Arm("mq_motion", "MQ on its own motion map", {"reward.maps": {"nano_mq": {"motion": "difference"}}}),
 )
 CLIPS_OF_EPOCHS = {"grpo": (1e-4, 1e-3, 1e-2), "vipo": (1e-3, 1e-2, 1e-1)}
 """Clip ranges tried with two inner epochs, by arm."""
@@ -72,12 +73,14 @@ class Budget:
     """How long and how much.
 
     Attributes:
-        iterations: of pictures and of clips, 32 samples each.
+        iterations: of pictures and of clips.
         prompts: evaluated after training.
         first_seeds: of the first six arms.
         rest_seeds: of the others.
         trace_every: iterations between two looks in the redness test.
         groups: per map in the signal table.
+        most: of learning rates, clip ranges, tuning seeds, other arms and signal tables this many; None for all.
+        per_iteration: prompts, of 8 samples each.
     """
 
     iterations: Mapping[str, int]
@@ -86,11 +89,13 @@ class Budget:
     rest_seeds: int
     trace_every: int
     groups: int
+    most: int | None = None
+    per_iteration: int = 4
 
 
 FULL = Budget({"image": 30, "video": 20}, 128, 5, 3, 3, 160)
-QUICK = Budget({"image": 1, "video": 1}, 4, 2, 1, 1, 4)
-"""Every run of the study, one iteration each: minutes; the numbers say nothing."""
+QUICK = Budget({"image": 1, "video": 1}, 4, 1, 1, 1, 4, most=1, per_iteration=1)
+"""Some runs of every table, one iteration each: a minute or two; the numbers say nothing."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +128,10 @@ class Job:
         return self.table in ("sweep", "clips")
 
 
-def sweep_jobs(modality: str) -> Iterator[Job]:
+def sweep_jobs(modality: str, budget: Budget) -> Iterator[Job]:
     """Learning rates of scalar GRPO and ViPO."""
-    for seed in TUNING_SEEDS[modality]:
-        for rate in RATES:
+    for seed in TUNING_SEEDS[modality][: budget.most]:
+        for rate in RATES[: budget.most]:
             for arm in (FIRST[0], FIRST[2]):
                 yield Job("sweep", modality, arm, seed, {"optimizer.learning_rate": rate})
 
@@ -134,16 +139,16 @@ def sweep_jobs(modality: str) -> Iterator[Job]:
 def arm_jobs(modality: str, rates: Mapping[str, float], budget: Budget) -> Iterator[Job]:
     """The first six arms seed by seed, then the others."""
     rest = REST if modality == "image" else VIDEO_REST
-    for arms, seeds in ((FIRST, budget.first_seeds), (rest, budget.rest_seeds)):
+    for arms, seeds in ((FIRST, budget.first_seeds), (rest[: budget.most], budget.rest_seeds)):
         for seed in range(seeds):
             for arm in arms:
                 yield Job("arms", modality, arm, seed, _rate(rates, arm))
 
 
-def clip_jobs(rates: Mapping[str, float]) -> Iterator[Job]:
+def clip_jobs(rates: Mapping[str, float], budget: Budget) -> Iterator[Job]:
     """Clip ranges with two inner epochs, which leave the ratio 1."""
     for arm in (FIRST[0], FIRST[2]):
-        for clip in CLIPS_OF_EPOCHS[arm.name]:
+        for clip in CLIPS_OF_EPOCHS[arm.name][: budget.most]:
             yield Job("clips", "image", arm, TUNING_SEEDS["image"][0], {**_rate(rates, arm), **_epochs(clip)})
 
 

@@ -56,6 +56,7 @@ def job_config(job: Job, budget: Budget) -> Config:
     """The recipe with the changes of the arm and of the job."""
     recipe = "nano_vipo" if job.modality == "image" else "nano_video_vipo"
     run = {"run.seed": job.seed, "run.iterations": budget.iterations[job.modality]}
+    run["prompts.per_iteration"] = budget.per_iteration
     changes = {**job.arm.changes, **job.changes, **run}
     texts = [f"--{key}={json.dumps(value)}" for key, value in changes.items()]
     return Config.from_yaml(RECIPES / f"{recipe}.yaml", texts)

@@ -128,14 +128,18 @@ class Study:
             base = read_records(self.file("arms")).get(f"base/{modality}")
             if base is None or base["prompts"] != self.budget.prompts:
                 self.run(f"base {modality}", [(one_base, (modality, self.budget, self.file("arms")))])
-            self.jobs(f"{modality}: learning rates", sweep_jobs(modality))
+            self.jobs(f"{modality}: learning rates", sweep_jobs(modality, self.budget))
             rates = self.best("sweep", modality, "optimizer.learning_rate")
             self.jobs(f"{modality}: arms", arm_jobs(modality, rates, self.budget))
             if modality == "image":
-                self.jobs("image: clip ranges", clip_jobs(rates))
+                self.jobs("image: clip ranges", clip_jobs(rates, self.budget))
                 clips = self.best("clips", "image", "loss.clip_range")
                 self.jobs("image: two epochs", epoch_jobs(rates, clips, self.budget))
                 self.jobs("image: redness", redness_jobs(rates, self.budget))
                 known = read_records(self.file("signal"))
-                missing = [r for r in SIGNALS if known.get(f"signal/{r}", {}).get("asked") != self.budget.groups]
+                missing = [
+                    r
+                    for r in [*SIGNALS][: self.budget.most]
+                    if known.get(f"signal/{r}", {}).get("asked") != self.budget.groups
+                ]
                 self.run("image: signal", [(one_signal, (r, self.budget, self.file("signal"))) for r in missing])
