@@ -165,6 +165,29 @@ def test_the_page_keeps_its_text_and_renews_its_tables(tmp_path):
     assert "\nold\n" not in written and "| **+0.503 ± 0.038** |" in written and "| +0.050 ± 0.221 |" in written
 
 
+def test_the_signal_is_ranked_against_what_training_came_to(tmp_path):
+    names, fractions = ("grpo", "vipo", "oracle"), (0.001, 0.002, 0.003)
+    bounds = {name: {"value": value, "low": 0.0, "high": 0.1} for name, value in zip(names, fractions, strict=True)}
+    kept = {f"signal/{reward}": {"groups": 5, "maps": bounds} for reward in ("nano", "redness")}
+    scores = {
+        f"arms/image/{name}/seed={seed}": record(name, seed, value)
+        for seed in (0, 1)
+        for name, value in zip(names, (-3.0, -2.0, -1.0), strict=True)
+    }
+    looks = {
+        name: [metrics(0, iteration=i, redness=i * end) for i in (0, 1)]
+        for name, end in zip(names, (0.3, 0.2, 0.1), strict=True)
+    }
+    traces = {f"redness/image/{name}/seed=0": {"arm": name, "seed": 0, "trace": looks[name]} for name in names}
+    for table, found in (("signal", kept), ("arms", scores), ("redness", traces)):
+        (tmp_path / f"{table}.json").write_text(json.dumps(found))
+    page.write_page(tmp_path / "page.md", tmp_path)
+    written = (tmp_path / "page.md").read_text()
+    assert "reward nano, 5 groups; rank correlation with the reward after training 1.00 over 3 maps" in written
+    assert "reward redness, 5 groups; rank correlation with the reward after training -1.00 over 3 maps" in written
+    assert "| oracle mask | 0.0030 [0.0000, 0.1000] | 0.100 |" in written
+
+
 def test_some_runs_of_every_table(tmp_path):
     command = [sys.executable, "-m", "vipo.nano.study", "--quick", "-o", str(tmp_path / "evidence")]
     subprocess.run(command, check=True, capture_output=True)

@@ -90,7 +90,10 @@ def _modality(found: Mapping[str, Any], modality: str) -> list[str]:
     parts.append(_differences(kind, arms, "vipo", (*FIRST[3:], *rest), "less ViPO with the default map"))
     if modality == "image":
         parts += [_clips(found.get("clips", {})), _epochs(kind, found.get("epochs", {}), arms)]
-        parts += [_redness(found.get("redness", {})), _signal(found.get("signal", {}), arms)]
+        parts += [
+            _redness(found.get("redness", {})),
+            _signal(found.get("signal", {}), _ends(arms, found.get("redness", {}))),
+        ]
     return parts
 
 
@@ -233,23 +236,32 @@ def _redness(records: Mapping[str, Any]) -> str:
     return f"{words}:\n\n{table(heads, rows)}"
 
 
-def _signal(records: Mapping[str, Any], arms: Mapping[str, BY_SEED]) -> str:
+def _ends(arms: Mapping[str, BY_SEED], redness: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """By reward, what training with it came to, by arm: the mean over seeds of the score, or of the last redness."""
+    reached: defaultdict[str, list[float]] = defaultdict(list)
+    for record in redness.values():
+        reached[record["arm"]].append(record["trace"][-1]["redness"])
+    scores = {name: [in_domain(m) for m in seeds.values()] for name, seeds in arms.items()}
+    return {
+        reward: {name: float(np.mean(values)) for name, values in found.items()}
+        for reward, found in (("nano", scores), ("redness", reached))
+    }
+
+
+def _signal(records: Mapping[str, Any], ends: Mapping[str, Mapping[str, float]]) -> str:
     parts = []
     labels = {arm.name: arm.label for arm in (*FIRST, *REST)}
     for key, record in sorted(records.items()):
         reward, maps = key.split("/")[1], record["maps"]
-        rows, pairs = [], []
+        after = ends.get(reward, {})
+        rows = []
         for name, found in maps.items():
-            cells = [labels[name], f"{found['value']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"]
-            if reward == "nano" and name in arms:
-                score = float(np.mean([in_domain(m) for m in arms[name].values()]))
-                pairs.append((found["value"], score))
-                cells.append(number(score))
-            rows.append(cells)
-        heads = ["map", "signal fraction", "score after training"][: len(rows[0])]
+            signal = f"{found['value']:.4f} [{found['low']:.4f}, {found['high']:.4f}]"
+            rows.append([labels[name], signal, number(after[name]) if name in after else ""])
         words = f"Gradient signal fraction before training, reward {reward}, {record['groups']} groups"
+        pairs = [(found["value"], after[name]) for name, found in maps.items() if name in after]
         if len(pairs) > 2:
             rank = rank_correlation(*zip(*pairs, strict=True))
-            words += f"; rank correlation with the score after training {rank:.2f} over {len(pairs)} maps"
-        parts.append(f"{words}:\n\n{table(heads, rows)}")
+            words += f"; rank correlation with the reward after training {rank:.2f} over {len(pairs)} maps"
+        parts.append(f"{words}:\n\n{table(['map', 'signal fraction', 'reward after training'], rows)}")
     return "\n\n".join(parts)
