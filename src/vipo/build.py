@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 
 import torch
 from peft import LoraConfig
+from torch import nn
 
 from .config import Config
+from .context import share_tokens
 from .distributed import Ranks, shard
 from .pipelines import compile_blocks, enable_vae
 from .policy import DiffusersPolicy
@@ -36,12 +38,23 @@ def make_policy(config: Config, *, trainable: bool = True, ranks: Ranks | None =
         dtype=getattr(torch, model.dtype),
         autocast=getattr(torch, model.autocast) if model.autocast else None,
         device=(ranks or Ranks()).device(model.device),
-        shard=functools.partial(shard, cpu_offload=config.parallel.cpu_offload)
-        if config.parallel.shard and ranks is not None
-        else None,
+        shard=_spread(config, ranks) if ranks is not None and config.parallel.in_step else None,
     )
     vae = {"tiling": model.vae_tiling, "slicing": model.vae_slicing, "channels_last": model.vae_channels_last}
     enable_vae(policy.pipeline, **vae)
     if model.compile:
         compile_blocks(policy.denoisers)
     return policy
+
+
+def _spread(config: Config, ranks: Ranks) -> Callable[[nn.Module, torch.device], None]:
+    """How the ranks share the work of a denoiser, and then its weights."""
+    parallel = config.parallel
+
+    def spread(denoiser: nn.Module, device: torch.device) -> None:
+        if parallel.context > 1:
+            share_tokens(denoiser, device, ranks=ranks)
+        if parallel.shard:
+            shard(denoiser, device, cpu_offload=parallel.cpu_offload)
+
+    return spread

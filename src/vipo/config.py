@@ -14,6 +14,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from .config_errors import describe
 from .named import apply_overrides, read_yaml
+from .parallel_config import ParallelConfig
 from .section import Fraction, Positive, Section
 from .types import check_choice
 from .watch_config import WatchConfig
@@ -314,23 +315,6 @@ class RunConfig(Section):
     """CPU threads of torch; null for torch's own choice."""
 
 
-class ParallelConfig(Section):
-    """Many processes, started by torchrun or accelerate launch."""
-
-    shard: bool = False
-    """Spread the denoisers' weights, gradients and optimizer over the ranks (FSDP2); false: every rank has them all."""
-    cpu_offload: bool = False
-    """With shard: keep the shards on the CPU between uses."""
-    timeout: Annotated[float, Field(gt=0)] = 600.0
-    """Seconds after which a rank that waits for the others gives up."""
-
-    @model_validator(mode="after")
-    def _check(self) -> ParallelConfig:
-        if self.cpu_offload and not self.shard:
-            raise ValueError("parallel.cpu_offload: goes with parallel.shard=true; for one GPU see model.offload")
-        return self
-
-
 class Config(Section):
     """A whole run. The default is ViPO on the nano pipeline."""
 
@@ -370,6 +354,13 @@ class Config(Section):
         if self.parallel.shard and self.model.train == "full" and self.loss.kl_beta > 0:
             raise ValueError(
                 "parallel.shard: the KL of fully trained weights needs a whole copy of them; set loss.kl_beta=0 or "
+                "model.train=lora, whose reference is the adapter turned off"
+            )
+        if self.parallel.context > 1 and self.model.compile:
+            raise ValueError("parallel.context: was not tried with compiled blocks; set model.compile=false")
+        if self.parallel.context > 1 and self.model.train == "full" and self.loss.kl_beta > 0:
+            raise ValueError(
+                "parallel.context: the KL's copy of fully trained weights cannot share tokens; set loss.kl_beta=0 or "
                 "model.train=lora, whose reference is the adapter turned off"
             )
         _ = self.reward_maps  # checks them

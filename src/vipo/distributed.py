@@ -37,12 +37,19 @@ class Ranks:
         world: number of processes.
         local: position on its machine: which accelerator it uses.
         timeout: seconds to wait for the others, where they are waited for.
+        context: neighbours that share the tokens of the same samples (`vipo.context`); 1: every rank has its own.
     """
 
     rank: int = 0
     world: int = 1
     local: int = 0
     timeout: float = 600.0
+    context: int = 1
+
+    @property
+    def data_world(self) -> int:
+        """Number of shares that the samples are cut into: one per context group."""
+        return self.world // self.context
 
     @property
     def main(self) -> bool:
@@ -65,25 +72,34 @@ class Ranks:
     def share(self, count: int) -> slice:
         """Which of `count` samples this rank makes: equal, contiguous shares, so that a group may span ranks.
 
+        The ranks of a context group make the same ones.
+
         Raises:
-            ValueError: not a multiple of the number of ranks.
+            ValueError: not a multiple of the number of ranks, or of context groups.
         """
-        if count % self.world:
+        if count % self.data_world:
+            kind = "ranks" if self.context == 1 else f"groups of parallel.context={self.context} ranks"
             raise ValueError(
-                f"prompts.per_iteration x prompts.group_size: {count} samples cannot be shared evenly by {self.world} "
-                f"ranks; make it a multiple of {self.world}"
+                f"prompts.per_iteration x prompts.group_size: {count} samples cannot be shared evenly by "
+                f"{self.data_world} {kind}; make it a multiple of {self.data_world}"
             )
-        size = count // self.world
-        return slice(self.rank * size, (self.rank + 1) * size)
+        size = count // self.data_world
+        first = self.rank // self.context * size
+        return slice(first, first + size)
 
     def gather(self, values: Tensor) -> Tensor:
         """Join the values of all ranks, equal in shape, along the last axis, in the order of the ranks."""
-        if self.world == 1:
-            return values
+        return torch.cat(self._every(values), -1) if self.world > 1 else values
+
+    def gather_samples(self, values: Tensor) -> Tensor:
+        """Join what belongs to samples, as `gather`: of a context group, that of its first rank."""
+        return torch.cat(self._every(values)[:: self.context], -1) if self.world > 1 else values
+
+    def _every(self, values: Tensor) -> list[Tensor]:
         parts = [torch.empty_like(values) for _ in range(self.world)]
         with self.guard():
             dist.all_gather(parts, values.contiguous())
-        return torch.cat(parts, -1)
+        return parts
 
     def reduce(
         self, values: Mapping[str, Tensor], *, sums: Collection[str] = (), maxima: Collection[str] = ()
@@ -93,7 +109,7 @@ class Ranks:
             return dict(values)
         device = next(iter(values.values())).device
         row = torch.stack([value.to(device, torch.float64) for value in values.values()])
-        rows = dict(zip(values, self.gather(row[:, None]), strict=True))
+        rows = dict(zip(values, self.gather_samples(row[:, None]), strict=True))
         return {
             name: (row.sum() if name in sums else row.amax() if name in maxima else row.mean()).float()
             for name, row in rows.items()
@@ -123,6 +139,7 @@ class Ranks:
         """Replace every gradient by its sum over the ranks, where parameters are replicas; None counts as 0.
 
         Called once per optimizer step: a replay makes many backwards. Sharded parameters have been summed by then.
+        In a context group each rank has the gradient of its own tokens, so there too the sum is the whole.
         """
         if self.world == 1:
             return
@@ -160,23 +177,29 @@ class Ranks:
             ) from error
 
 
-def start(*, device: str | None = None, timeout: float = 600.0) -> Ranks:
+def start(*, device: str | None = None, timeout: float = 600.0, context: int = 1) -> Ranks:
     """Join the other processes of torchrun or accelerate launch; alone, be the only rank.
 
     Args:
         device: torch device of the run; null for cuda where there is one, else cpu. Its kind decides the backend.
         timeout: seconds after which a rank that waits in vain gives up.
+        context: ranks that share the tokens of a sample.
 
     Raises:
-        ValueError: WORLD_SIZE is set, but not which rank this is.
+        ValueError: WORLD_SIZE is set, but not which rank this is; it is no multiple of `context`.
         RankError: the others cannot be reached.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world % context:
+        raise ValueError(
+            f"parallel.context: expected a divisor of the number of ranks, {world}, got {context}; start that many "
+            "with torchrun --nproc-per-node"
+        )
     if world == 1:
         return Ranks()
     if "RANK" not in os.environ:
         raise ValueError(f"WORLD_SIZE={world} is set but not RANK; unset it, or start with torchrun -m vipo train ...")
-    ranks = Ranks(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")), timeout)
+    ranks = Ranks(int(os.environ["RANK"]), world, int(os.environ.get("LOCAL_RANK", "0")), timeout, context)
     cuda = torch.cuda.is_available() if device is None else device.startswith("cuda")
     if cuda:
         found = torch.cuda.device_count()

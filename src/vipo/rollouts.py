@@ -75,7 +75,7 @@ class Rollouts:
             frames = {f"frames.{i}": bucket.frames for i, bucket in enumerate(buckets)}
             with clock("reward"), visiting(self.reward.rewards.values(), self.policy.device, offload):
                 scores = scoring.scores([len(bucket.frames) for bucket in buckets])
-        rewards = self.ranks.gather(torch.cat([found.rewards for found in scores], 1))
+        rewards = self.ranks.gather_samples(torch.cat([found.rewards for found in scores], 1))
         with evidence(**frames):
             kept = self.reward.keep(
                 rewards,
@@ -128,7 +128,7 @@ class Rollouts:
         decoded: list[tuple[Trajectory, Tensor]] = []
         plan: list[list[int]] = []
         runs = split_batches(batch.entries, self.micro_batch)
-        if self.config.parallel.shard:
+        if self.config.parallel.in_step:
             self.ranks.equal("sampling.micro_batch: the number of micro-batches", len(runs))
         for run in runs:
             traj = self.policy.rollout(

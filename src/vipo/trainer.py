@@ -71,7 +71,7 @@ class Trainer:
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         self.prompts = read_prompts(config.prompts.path)
-        self.ranks = start(device=config.model.device, timeout=config.parallel.timeout)
+        self.ranks = start(device=config.model.device, timeout=config.parallel.timeout, context=config.parallel.context)
         if self.ranks.world > 1 and config.optimizer.skip_nonfinite:
             raise ValueError("optimizer.skip_nonfinite: with several ranks only 0: they cannot skip each for itself")
         if self.ranks.world == 1 and config.parallel.shard:
@@ -262,7 +262,7 @@ class Trainer:
 
     def _memory_advice(self) -> str:
         self.optimizer.zero_grad(set_to_none=True)
-        fit = None if self.config.parallel.shard else functools.partial(self.fit, alone=True)  # others may not try
+        fit = None if self.config.parallel.in_step else functools.partial(self.fit, alone=True)  # others may not try
         return advice(self.config, self.policy.device, fit, min(self.micro_batch, self.rollouts.share))
 
     def maps_of(self, found: Experience, iteration: int, source: MapSource | RewardMaps | None = None) -> list[Tensor]:
@@ -351,7 +351,7 @@ class Trainer:
             parts.append((traj, part))
         checked = torch.stack(totals.pop("checked"))
         bad = not bool(torch.isfinite(checked).all())  # asked once: it waits for the device
-        if self.ranks.any(bad) if self.config.parallel.shard else bad:  # a replay of sharded weights needs all ranks
+        if self.ranks.any(bad) if self.config.parallel.in_step else bad:  # all must replay
             for traj, part in parts:
                 self._accumulate(traj, part, steps, weight=0.0, totals=defaultdict(list), look=True)
             require_finite("loss", checked)
