@@ -207,7 +207,8 @@ def shard(module: nn.Module, device: torch.device, *, cpu_offload: bool = False)
         cpu_offload: keep the shards in the memory of the CPU between uses.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    pinned = device.type != "cpu"  # where there is an accelerator to copy to
+    policy = CPUOffloadPolicy(pin_memory=pinned) if cpu_offload else OffloadPolicy()
     names = set(getattr(module, "_repeated_blocks", None) or []) | set(getattr(module, "_no_split_modules", None) or [])
     for block in reversed([part for part in module.modules() if type(part).__name__ in names]):  # inner ones first
         fully_shard(block, mesh=mesh, offload_policy=policy)
