@@ -69,7 +69,7 @@ def run(case, folder, rank):
     config["run"] = {**run, **config.get("run", {})}
     config["prompts"] = {"path": str(folder / "prompts.txt"), **config["prompts"]}
     trainer = Trainer(Config.from_mapping(config))
-    start = _weights(trainer)
+    start = _weights(trainer.parameters)
     lines, frames = [], []
     guard, spread = NonFiniteGuard(trainer.config, trainer.rollouts.batch, rank=rank), trainer.pixel_advantages
     if "mode" in case:  # with a run directory
@@ -90,15 +90,16 @@ def run(case, folder, rank):
         "metrics": lines,
         "frames": frames,
         "start": start,
-        "weights": _weights(trainer),
+        "weights": _weights(trainer.parameters),
+        "ema": _weights(trainer.ema.values) if trainer.ema else None,
     }
     leave()
     return found
 
 
-def _weights(trainer):
-    """Some of the trained weights: of every tensor the first hundred."""
-    return torch.cat([whole(p.detach()).flatten()[:100] for p in trainer.parameters]).double().tolist()
+def _weights(tensors):
+    """Some of the weights: of every tensor the first hundred."""
+    return torch.cat([whole(p.detach()).flatten()[:100] for p in tensors]).double().tolist()
 
 
 def child(case, folder, rank, port):

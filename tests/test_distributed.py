@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_trainer import make
 
 from vipo.build import make_policy
@@ -32,6 +33,8 @@ CONFIG = {
     "optimizer": {"learning_rate": 1e-3},
 }
 SHARD, FULL = {"parallel": {"shard": True}}, {"model": {"train": "full"}}
+OFFLOAD = {"parallel": {"shard": True, "cpu_offload": True}}
+AVERAGE, KL = {"optimizer": {"ema": 0.5}}, {"loss": {"kl_beta": 0.1}}
 
 
 def case(name, world, *changes, iterations=2, **more):
@@ -68,14 +71,28 @@ def assert_equal(alone, several, *, sizes=False):
             numbers = {name: value for name, value in line.items() if not name.startswith(skip)}
             assert {name: mine[name] for name in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-5)
         assert rank["weights"] == several[0]["weights"]
-    start, end, other = (torch.tensor(v) for v in (one["start"], one["weights"], several[0]["weights"]))
-    assert (other - end).abs().mean() < 1e-3 * (end - start).abs().mean()  # AdamW turns the rounding of a 0 into a step
+    for kind in ("weights", "ema") if one["ema"] else ("weights",):
+        start, end, other = (torch.tensor(v) for v in (one["start"], one[kind], several[0][kind]))
+        # AdamW turns the rounding of a 0 into a step
+        assert (other - end).abs().mean() < 1e-3 * (end - start).abs().mean()
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    two = [case("one", 1), case("two", 2), case("four", 4), case("sharded", 2, SHARD)]
-    full = [case("full_one", 1, FULL), case("full_sharded", 2, FULL, SHARD)]
+    two = [
+        case("one", 1, AVERAGE),
+        case("two", 2, AVERAGE),
+        case("four", 4, AVERAGE),
+        case("sharded", 2, AVERAGE, SHARD),
+        case("offloaded", 2, AVERAGE, OFFLOAD),
+    ]
+    both = FULL, AVERAGE, KL
+    full = [
+        case("full_one", 1, *both),
+        case("full_sharded", 2, *both, SHARD),
+        case("full_saved", 2, *both, SHARD, iterations=1, mode="no"),
+        case("full_resumed", 2, *both, iterations=2, mode="resume", begun_by="full_saved"),
+    ]
     constant = {"reward": {"name": "ranks:blind_to_a"}}
     idle = [case("idle_one", 1, constant), case("idle_two", 2, constant)]
     bad = [
@@ -87,8 +104,8 @@ def found(tmp_path_factory):
         case("uneven", 3, iterations=1),
     ]
     resumed = [
-        case("saved", 2, SHARD, iterations=1, mode="no"),
-        case("resumed", 1, iterations=2, mode="resume", begun_by="saved"),
+        case("saved", 2, AVERAGE, SHARD, iterations=1, mode="no"),
+        case("resumed", 1, AVERAGE, iterations=2, mode="resume", begun_by="saved"),
     ]
     folder = tmp_path_factory.mktemp("ranks")
     sizes = {"prompts": {"path": str(folder / "sizes.jsonl"), "per_iteration": 4, "group_size": 2}}
@@ -116,6 +133,7 @@ def found(tmp_path_factory):
         ("one", "two"),
         ("one", "four"),
         ("one", "sharded"),
+        ("one", "offloaded"),
         ("full_one", "full_sharded"),
         ("idle_one", "idle_two"),
         ("sizes_one", "sizes_two"),
@@ -125,10 +143,22 @@ def test_the_result_does_not_depend_on_the_number_of_ranks(found, alone, several
     assert_equal(found[alone], found[several], sizes=alone.startswith("sizes"))
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(found):
-    (resumed,), one = found["resumed"], found["one"][0]
-    assert_equal([{**one, "metrics": one["metrics"][1:], "frames": []}], [resumed])
-    assert [len(rank["metrics"]) for rank in found["saved"]] == [1, 1]
+@pytest.mark.parametrize("kind", ["", "full_"])
+def test_a_run_goes_on_with_another_number_of_ranks_or_whole_weights(found, kind):
+    (one,) = found[f"{kind}one"]
+    assert_equal([{**one, "metrics": one["metrics"][1:], "frames": []}], found[f"{kind}resumed"])
+    assert [len(rank["metrics"]) for rank in found[f"{kind}saved"]] == [1, 1]
+
+
+def test_the_kl_of_sharded_weights_is_to_the_weights_before_training(found):
+    first, second = (line["kl"] for line in found["full_sharded"][0]["metrics"])
+    assert first == 0 and second > 1e-4  # and equal to that of one process, see above
+
+
+def test_the_average_of_sharded_weights_is_saved_beside_them(found):
+    folder = found["folder"] / "run_full_saved" / "checkpoints" / "step_000001"
+    saved, average = (load_file(next((folder / w).rglob("transformer/*.safetensors"))) for w in ("weights", "weights_ema"))
+    assert any(not torch.equal(saved[name], average[name]) for name in saved)
 
 
 def test_training_moved_the_weights(found):
@@ -229,8 +259,6 @@ def test_gradients_travel_in_buckets_of_one_kind(monkeypatch):
 
 
 def test_what_cannot_be_sharded_is_refused():
-    with pytest.raises(ValueError, match="parallel.shard"):
-        Config.from_mapping({"parallel": {"shard": True}, "model": {"train": "full"}, "loss": {"kl_beta": 0.1}})
     with pytest.raises(ValueError, match="parallel.cpu_offload"):
         Config.from_mapping({"parallel": {"cpu_offload": True}})
 

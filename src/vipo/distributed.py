@@ -225,6 +225,43 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def reshard(module: nn.Module) -> None:
+    """Drop the whole weights that a call without a backward leaves in a sharded module: the next call gathers anew."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+@contextlib.contextmanager
+def exchanged(
+    parameters: Iterable[Tensor], others: Iterable[Tensor], modules: Collection[nn.Module] = ()
+) -> Iterator[None]:
+    """Exchange the contents of two lists of tensors for the length of a block, with one tensor's copy at a time.
+
+    Contents, not storages: FSDP2 gathers from storage that an exchange of `.data` would not reach.
+
+    Args:
+        parameters: whole, or sharded: then this rank's parts are exchanged.
+        others: as many, of the same shapes or the parts' shapes.
+        modules: whose parameters they are, where these are called in the block.
+    """
+    pairs = [(local(p.detach()), local(other.detach())) for p, other in zip(parameters, others, strict=True)]
+
+    def exchange() -> None:
+        for module in modules:
+            reshard(module)
+        for mine, other in pairs:
+            held = mine.clone()
+            mine.copy_(other)
+            other.copy_(held)
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
+
+
 def whole_state(module: nn.Module, *, adapters: bool) -> dict[str, Tensor]:
     """State of a module in one piece; of a sharded one all ranks must ask, and it waits on the CPU.
 

@@ -9,7 +9,6 @@ RUN/debug/iteration_000003/
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import logging
 import shutil
@@ -48,23 +47,24 @@ def undone_if_not_finite(
 ) -> Iterator[None]:
     """Put weights, their average and optimizer state back, bit for bit, where a NonFiniteError ends the block.
 
-    The copy waits on the CPU: three times the trained weights for AdamW, four with an average.
+    The copy waits on the CPU: three times the trained weights for AdamW, four with an average; of sharded ones this
+    rank's part.
     """
     if not enabled:
         yield
         return
-    parameters = [p for group in optimizer.param_groups for p in group["params"]] + list(average)
-    weights = [p.detach().to("cpu", copy=True) for p in parameters]
-    state = copy.deepcopy(optimizer.state_dict())
-    for entry in state["state"].values():
-        entry.update({key: value.cpu() for key, value in entry.items() if isinstance(value, Tensor)})
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = [value for p in trained for value in optimizer.state.get(p, {}).values() if isinstance(value, Tensor)]
+    known = {p for p in trained if p in optimizer.state}
+    tensors = [local(tensor.detach()) for tensor in (*trained, *average, *moments)]
+    kept = [tensor.to("cpu", copy=True) for tensor in tensors]
     try:
         yield
     except NonFiniteError:
-        with torch.no_grad():
-            for p, weight in zip(parameters, weights, strict=True):
-                p.copy_(weight)
-        optimizer.load_state_dict(state)
+        for tensor, value in zip(tensors, kept, strict=True):  # in place, as the optimizer changed them
+            tensor.copy_(value)
+        for p in set(trained) - known:  # those of a first iteration
+            optimizer.state.pop(p, None)
         raise
 
 
