@@ -4,6 +4,7 @@ JSON: a list of cases {"name", "world", "iterations", "config": {...}, "family"}
 from this one, which has imported everything, and write FOLDER/NAME_RANK.json.
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -71,17 +72,16 @@ def run(case, folder, rank):
     trainer = Trainer(Config.from_mapping(config))
     start = _weights(trainer.parameters)
     lines, frames = [], []
-    guard, spread = NonFiniteGuard(trainer.config, trainer.rollouts.batch, rank=rank), trainer.pixel_advantages
+    guard = NonFiniteGuard(trainer.config, trainer.rollouts.batch, rank=rank)
     if "mode" in case:  # with a run directory
         trainer.run(mode=case["mode"], on_iteration=lambda iteration, metrics: lines.append(metrics))
     with trainer.ranks.guard():
         for iteration in range(0 if "mode" in case else case["iterations"]):
             if case.get("dies") == [rank, iteration]:
                 os._exit(9)
-            if case.get("bad_advantages") == [rank, iteration]:
-                trainer.pixel_advantages = lambda *a: [part * torch.nan for part in spread(*a)]
-            lines.append(guard.attempt(trainer.step, iteration))
-            frames.append(trainer.frames.double().flatten(1).mean(1).tolist())
+            with spoilt(trainer, [kind for kind, *where in case.get("bad", []) if where == [rank, iteration]]):
+                lines.append(guard.attempt(trainer.step, iteration))
+            frames.append(trainer.frames.double().flatten(1).mean(1).tolist() if "skipped" not in lines[-1] else [])
     if case.get("bad_weight") == rank:
         local(trainer.parameters[0].data).fill_(torch.nan)
         guard.check_state(case["iterations"], trainer.policy.trainable_parameters(), trainer.optimizer)
@@ -95,6 +95,31 @@ def run(case, folder, rank):
     }
     leave()
     return found
+
+
+@contextlib.contextmanager
+def spoilt(trainer, kinds):
+    """Make the first sampled latents NaN for the length of a block, or the advantages of the last update."""
+    spread, calls = trainer.pixel_advantages, []
+
+    def advantages(*arguments):
+        calls.append(1)
+        last = len(calls) == trainer.config.optimizer.updates_per_rollout
+        return [part * (torch.nan if last else 1) for part in spread(*arguments)]
+
+    def denoiser(module, arguments, output):
+        calls.append(1)
+        return (output[0] * torch.nan, *output[1:]) if len(calls) == 1 else output
+
+    if "advantages" in kinds:
+        trainer.pixel_advantages = advantages
+    hook = trainer.policy.denoiser.register_forward_hook(denoiser) if "latents" in kinds else None
+    try:
+        yield
+    finally:
+        trainer.pixel_advantages = spread
+        if hook:
+            hook.remove()
 
 
 def _weights(tensors):

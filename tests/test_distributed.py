@@ -96,12 +96,22 @@ def found(tmp_path_factory):
     constant = {"reward": {"name": "ranks:blind_to_a"}}
     idle = [case("idle_one", 1, constant), case("idle_two", 2, constant)]
     bad = [
-        case("nan_loss", 2, {"parallel": {"shard": True, "timeout": 30}}, bad_advantages=[1, 0]),
+        case("nan_loss", 2, {"parallel": {"shard": True, "timeout": 30}}, bad=[["advantages", 1, 0]]),
         case("nan_weight", 2, SHARD, iterations=1, bad_weight=1),
         case("auto", 2, {"sampling": {"micro_batch": "auto"}}, iterations=1),
         case("nan_rewards", 2, {"reward": {"name": "ranks:failing"}}, iterations=1),
         case("dies", 2, {"parallel": {"timeout": 30}}, dies=[1, 1]),
         case("uneven", 3, iterations=1),
+    ]
+    undone = {"optimizer": {"skip_nonfinite": 2, "updates_per_rollout": 2, "step_fraction": 1.0, "ema": 0.5}}
+    small = {"sampling": {"micro_batch": 2}, "parallel": {"timeout": 30}}
+    once = {"optimizer": {"skip_nonfinite": 1}, "parallel": {"timeout": 30}}
+    met = [["advantages", 1, 1], ["latents", 0, 2]]
+    skipped = [
+        case("skip_one", 1, undone, iterations=4, bad=[["advantages", 0, 1], ["latents", 0, 2]]),
+        case("skip_two", 2, undone, small, iterations=4, bad=met),
+        case("skip_sharded", 2, undone, small, {"parallel": {"shard": True}}, iterations=4, bad=met),
+        case("skip_limit", 2, once, bad=[["latents", 1, 0], ["advantages", 0, 1]]),
     ]
     resumed = [
         case("saved", 2, AVERAGE, SHARD, iterations=1, mode="no"),
@@ -124,7 +134,7 @@ def found(tmp_path_factory):
         )
         for rank in (0, 1)
     ]
-    return run(folder, [*two, *full, *idle, *bad, *resumed, *sized, *stops]) | {"folder": folder}
+    return run(folder, [*two, *full, *idle, *bad, *skipped, *resumed, *sized, *stops]) | {"folder": folder}
 
 
 @pytest.mark.parametrize(
@@ -136,6 +146,8 @@ def found(tmp_path_factory):
         ("one", "offloaded"),
         ("full_one", "full_sharded"),
         ("idle_one", "idle_two"),
+        ("skip_one", "skip_two"),
+        ("skip_one", "skip_sharded"),
         ("sizes_one", "sizes_two"),
     ],
 )
@@ -157,7 +169,9 @@ def test_the_kl_of_sharded_weights_is_to_the_weights_before_training(found):
 
 def test_the_average_of_sharded_weights_is_saved_beside_them(found):
     folder = found["folder"] / "run_full_saved" / "checkpoints" / "step_000001"
-    saved, average = (load_file(next((folder / w).rglob("transformer/*.safetensors"))) for w in ("weights", "weights_ema"))
+    saved, average = (
+        load_file(next((folder / w).rglob("transformer/*.safetensors"))) for w in ("weights", "weights_ema")
+    )
     assert any(not torch.equal(saved[name], average[name]) for name in saved)
 
 
@@ -183,9 +197,23 @@ def test_what_is_not_finite_on_one_rank_is_named_there_and_ends_all(found):
     """A replay of sharded weights needs all ranks: none may look for the bad tensor alone."""
     other, bad = found["nan_loss"]
     assert "FloatingPointError: iteration 1: loss of step 0 is not finite" in bad["error"]
-    assert "RankError: rank 0 of 2 has lost the others" in other["error"]
+    assert "iteration 1: rank 1 has met a tensor that is not finite, and names it; debug bundle: " in other["error"]
+    assert other["error"].endswith("/debug/iteration_000001_rank1")
     _, bad = found["nan_weight"]
     assert "FloatingPointError: iteration 1: weight " in bad["error"]
+
+
+@pytest.mark.parametrize("name", ["skip_one", "skip_two", "skip_sharded"])
+def test_what_is_not_finite_on_one_rank_is_skipped_by_all(found, name):
+    for rank in found[name]:
+        assert [line.get("skipped", 0) for line in rank["metrics"]] == [0, 1, 1, 0]
+        assert [line["skipped_iterations"] for line in rank["metrics"]] == [0, 1, 2, 2]
+
+
+def test_the_limit_of_skipped_iterations_counts_those_of_all_ranks(found):
+    bad, other = (rank["error"] for rank in found["skip_limit"])
+    assert "FloatingPointError: iteration 2: loss of step " in bad and "1 iterations were skipped" in bad
+    assert "iteration 2: rank 0 has met a tensor that is not finite" in other and "1 iterations were skipped" in other
 
 
 def test_every_rank_has_a_debug_bundle_of_its_own(found):

@@ -19,6 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .types import NonFiniteError
+
 BUCKET = 2**26
 """Bytes of gradients that are summed in one all-reduce."""
 _LOST = re.compile("gloo|nccl|connection|timed out|timeout|broken pipe|process group", re.IGNORECASE)
@@ -26,6 +28,14 @@ _LOST = re.compile("gloo|nccl|connection|timed out|timeout|broken pipe|process g
 
 class RankError(RuntimeError):
     """Another rank has stopped or hangs."""
+
+
+class NotFiniteElsewhere(NonFiniteError):
+    """A NonFiniteError of another rank, `rank`."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"rank {rank} has met a tensor that is not finite, and names it", "", torch.empty(0))
+        self.rank = rank
 
 
 @dataclass(frozen=True)
@@ -114,6 +124,23 @@ class Ranks:
         found = self.gather(torch.tensor([value])).tolist() if self.world > 1 else [value]
         if len(set(found)) > 1:
             raise ValueError(f"{name}: differs between ranks ({', '.join(map(str, found))}), which must work in step")
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """End a block with a NonFiniteError on all ranks where one ends so: nobody waits for a rank that has left.
+
+        All ranks come here. In the block none waits for others, unless all leave it alike where one does.
+        """
+        found: NonFiniteError | None = None
+        try:
+            yield
+        except NonFiniteError as error:
+            found = error
+        bad = self.gather(torch.tensor([found is not None])).tolist()
+        if found is not None:
+            raise found
+        if any(bad):
+            raise NotFiniteElsewhere(bad.index(True))
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -179,6 +179,7 @@ class DiffusersPolicy:
             rows = torch.tensor([unique.index(start) for start in starts], device=lead.final.device)
             traj = self._record(prompts, seeds, initial_seeds, call, slice(prefix, None), lead.final[rows])
             traj.steps = {k: record.take(rows) for k, record in lead.steps.items()} | traj.steps
+        require_finite_steps(traj.steps, prompts)  # not before the end: other ranks may wait for all denoiser calls
         traj.layout, traj.latent_shape = self._layout(traj)
         return traj
 
@@ -213,7 +214,6 @@ class DiffusersPolicy:
             )
         for k in set(recording.records) - set(ran):  # of an expert that is not trained: no gradient
             recording.records[k].log_probs = None
-        require_finite_steps(recording.records, prompts)
         pipelines.check_replayable(self.pipeline, prepared, recording.records)
         final = list(recording.records.values())[-1].next_latents
         unknown = torch.empty(0), (0, 0, 0, 0)

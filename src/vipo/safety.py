@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import Config
-from .distributed import local
+from .distributed import NotFiniteElsewhere, local
 from .runlog import BUNDLES, read_metrics
 from .types import Experience, NonFiniteError, PromptBatch, StepRecord, Trajectory, require_finite
 from .versions import versions
@@ -157,13 +157,20 @@ class NonFiniteGuard:
             raise FloatingPointError(self._record(iteration - 1, error)) from error
 
     def _record(self, iteration: int, error: NonFiniteError) -> str:
-        bundle = write_bundle(self.config, iteration, error, self.batch_of(iteration), self.rank)
+        if isinstance(error, NotFiniteElsewhere):
+            bundle = bundle_folder(self.config, iteration, error.rank)
+        else:
+            bundle = write_bundle(self.config, iteration, error, self.batch_of(iteration), self.rank)
         return f"iteration {iteration + 1}: {error}; debug bundle: {bundle}"
 
 
+def bundle_folder(config: Config, iteration: int, rank: int) -> Path:
+    """RUN/debug/iteration_NNNNNN of a 0-based iteration, of rank R > 0 iteration_NNNNNN_rankR."""
+    return config.run.output / BUNDLES / (f"iteration_{iteration + 1:06d}" + f"_rank{rank}" * (rank > 0))
+
+
 def write_bundle(config: Config, iteration: int, error: NonFiniteError, batch: PromptBatch, rank: int = 0) -> Path:
-    """Write RUN/debug/iteration_NNNNNN (1-based, of rank R > 0 iteration_NNNNNN_rankR) under a temporary name, and
-    rename it.
+    """Write a bundle under a temporary name, and rename it.
 
     Args:
         config: of the run.
@@ -175,9 +182,8 @@ def write_bundle(config: Config, iteration: int, error: NonFiniteError, batch: P
     Returns:
         The folder.
     """
-    name = f"{iteration + 1:06d}" + f"_rank{rank}" * (rank > 0)
-    folder = config.run.output / BUNDLES / f"iteration_{name}"
-    partial = folder.with_name(f"partial_{name}")
+    folder = bundle_folder(config, iteration, rank)
+    partial = folder.with_name(folder.name.replace("iteration", "partial"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     found, bad = error.evidence, ~torch.isfinite(error.tensor)
