@@ -17,6 +17,7 @@ from tiny_pipelines import build
 
 from vipo.config import Config
 from vipo.distributed import RankError, leave, local, whole
+from vipo.fitting import OutOfMemory
 from vipo.safety import NonFiniteGuard
 from vipo.trainer import Trainer
 
@@ -69,6 +70,8 @@ def run(case, folder, rank):
     run = {"output": output, "iterations": case["iterations"], "tensorboard": False}
     config["run"] = {**run, **config.get("run", {})}
     config["prompts"] = {"path": str(folder / "prompts.txt"), **config["prompts"]}
+    if case.get("runs_out") == rank:
+        Trainer._accumulate = out_of_memory(Trainer._accumulate)
     trainer = Trainer(Config.from_mapping(config))
     start = _weights(trainer.parameters)
     lines, frames = [], []
@@ -95,6 +98,17 @@ def run(case, folder, rank):
     }
     leave()
     return found
+
+
+def out_of_memory(accumulate):
+    """A replay whose memory runs out at 2 samples."""
+
+    def replay(trainer, traj, *arguments, **more):
+        if len(traj) == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        accumulate(trainer, traj, *arguments, **more)
+
+    return replay
 
 
 @contextlib.contextmanager
@@ -132,7 +146,7 @@ def child(case, folder, rank, port):
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     try:
         found = run(case, folder, rank)
-    except (RankError, ValueError, FloatingPointError) as error:
+    except (RankError, OutOfMemory, ValueError, FloatingPointError) as error:
         found = {"error": f"{type(error).__name__}: {error}"}
     (folder / f"{case['name']}_{rank}.json").write_text(json.dumps(found))
 

@@ -99,6 +99,7 @@ def found(tmp_path_factory):
         case("nan_loss", 2, {"parallel": {"shard": True, "timeout": 30}}, bad=[["advantages", 1, 0]]),
         case("nan_weight", 2, SHARD, iterations=1, bad_weight=1),
         case("auto", 2, {"sampling": {"micro_batch": "auto"}}, iterations=1),
+        case("runs_out", 2, {"sampling": {"micro_batch": "auto"}}, SHARD, iterations=1, runs_out=1),
         case("nan_rewards", 2, {"reward": {"name": "ranks:failing"}}, iterations=1),
         case("dies", 2, {"parallel": {"timeout": 30}}, dies=[1, 1]),
         case("uneven", 3, iterations=1),
@@ -227,6 +228,14 @@ def test_every_rank_has_a_debug_bundle_of_its_own(found):
 
 def test_auto_finds_one_micro_batch_for_all_within_a_share(found):
     assert [rank["metrics"][0]["micro_batch"] for rank in found["auto"]] == [4, 4]
+
+
+def test_a_rank_that_runs_out_of_memory_in_a_sharded_trial_ends_all(found):
+    """It has left the others in the middle of a replay: they do not wait for parallel.timeout, here ten minutes."""
+    other, out = found["runs_out"]
+    assert "OutOfMemory: sampling.micro_batch=auto: memory ran out at 2 samples" in out["error"]
+    assert out["error"].endswith("set sampling.micro_batch=1, which fitted")
+    assert "RankError: rank 0 of 2 has lost the others" in other["error"]
 
 
 def test_a_world_without_a_rank_is_refused(monkeypatch):

@@ -16,7 +16,7 @@ from torch import Tensor
 from .advantages import mixed_pixel_advantages, pixel_advantages
 from .build import make_policy as make_policy
 from .config import Config
-from .distributed import start, whole
+from .distributed import local, start, whole
 from .ema import WeightAverage
 from .fitting import Fit, OutOfMemory, advice, find_micro_batch, larger_knobs, waiting_bytes, within_memory
 from .losses import LossStats, policy_loss
@@ -107,7 +107,8 @@ class Trainer:
         self.rollouts = Rollouts(config, self.prompts, self.policy, self.reward, self.ranks)
         self._auto = config.sampling.micro_batch == "auto"
         if self._auto:
-            fit = self.fit(self.rollouts.share)
+            with self.ranks.guard():
+                fit = self.fit(self.rollouts.share)
             if fit.micro_batch == 0:
                 knobs = larger_knobs(config, self.policy.device)
                 raise OutOfMemory(f"sampling.micro_batch=auto: not even one sample fits ({fit}); what helps: {knobs}")
@@ -229,12 +230,13 @@ class Trainer:
 
         Unless `alone`, all ranks must ask, and find the same.
         """
-        trained = sum(p.nbytes for p in self.parameters)
+        trained = sum(local(p.detach()).nbytes for p in self.parameters)
         later = trained * (1 if self.optimizer.state else 3)  # a gradient, and moments that are not there yet
         device = self.policy.device
         agree = float if alone else self.ranks.largest
         samples = samples or self.rollouts.share
-        return find_micro_batch(self.try_micro_batch, samples, device, later=later, most=most, agree=agree)
+        once = self.config.parallel.shard
+        return find_micro_batch(self.try_micro_batch, samples, device, later=later, most=most, agree=agree, once=once)
 
     def try_micro_batch(self, size: int) -> float:
         """Sample, decode and replay a step of `size` samples with its gradient, and forget it: no weight changes.
