@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,6 +14,7 @@ from test_trainer import make
 
 from vipo.build import make_policy
 from vipo.config import Config
+from vipo.console import how_to_go_on
 from vipo.distributed import Ranks, _buckets, shard_like, start, whole
 from vipo.trainer import Trainer
 
@@ -66,8 +68,8 @@ def assert_equal(alone, several, *, sizes=False):
             assert joined == pytest.approx(frames, abs=1e-6)
     for rank in several:
         for mine, line in zip(rank["metrics"], one["metrics"], strict=True):
-            # a ratio of means over samples, of which ranks take the mean; seconds are their own
-            skip = ("seconds", "map_border_to_centre")
+            # a ratio of means over samples, and the largest per micro-batch, of which the mean is taken; own seconds
+            skip = ("seconds", "map_border_to_centre", "ratio_max")
             numbers = {name: value for name, value in line.items() if not name.startswith(skip)}
             assert {name: mine[name] for name in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-5)
         assert rank["weights"] == several[0]["weights"]
@@ -135,7 +137,14 @@ def found(tmp_path_factory):
         )
         for rank in (0, 1)
     ]
-    return run(folder, [*two, *full, *idle, *bad, *skipped, *resumed, *sized, *stops]) | {"folder": folder}
+    watched = {"watch": {"every": 1, "path": "nano_held_out", "prompts": 9, "seeds": 2, "rewards": ["ranks:counted"]}}
+    watched |= {"sampling": {"micro_batch": 4}}  # 18 samples: five batches
+    watches = [
+        case("watch_one", 1, watched, iterations=1, mode="no"),
+        case("watch_two", 2, watched, iterations=1, mode="no"),
+        case("watch_sharded", 2, watched, SHARD, iterations=1, mode="no"),
+    ]
+    return run(folder, [*watches, *two, *full, *idle, *bad, *skipped, *resumed, *sized, *stops]) | {"folder": folder}
 
 
 @pytest.mark.parametrize(
@@ -187,6 +196,25 @@ def test_a_rank_that_dies_stops_the_others(found):
     survivor, dead = found["dies"]
     assert dead is None
     assert "RankError: rank 0 of 2 has lost the others" in survivor["error"] and "--resume" in survivor["error"]
+
+
+@pytest.mark.parametrize("name", ["watch_two", "watch_sharded"])
+def test_ranks_share_the_evaluations_of_the_watch(found, name):
+    """Each batch is scored once, as one process does it; the base has the same numbers bit for bit."""
+    read = [
+        [json.loads(file.read_text()) for file in sorted((found["folder"] / f"run_{n}" / "evaluations").glob("*.json"))]
+        for n in ("watch_one", name)
+    ]
+    for alone, several in zip(*read, strict=True):
+        for key in ("diversity", "distance"):
+            assert several[key] == pytest.approx(alone[key], abs=1e-5)
+        for reward, values in alone["rewards"].items():
+            assert np.array(several["rewards"][reward]) == pytest.approx(np.array(values), abs=1e-5)
+    (base, later), (shared_base, _) = read
+    assert shared_base["rewards"] == base["rewards"] and shared_base["diversity"] == base["diversity"]
+    assert base["rewards"] != later["rewards"]
+    assert [sum(rank["counted"] for rank in found[n]) for n in ("watch_one", name)] == [36, 36]
+    assert [rank["counted"] for rank in found[name]] == [20, 16]
 
 
 def test_rank_0_alone_ends_a_run_by_its_watch(found):
@@ -286,6 +314,25 @@ def test_every_rank_has_a_device_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="rank 1: 1 GPUs here, none for local rank 1; start fewer ranks"):
         start(device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("world", "here", "expected"),
+    [
+        (1, 1, "to go on: vipo train run.yaml --resume"),
+        (2, 2, "to go on: torchrun --nproc-per-node 2 -m vipo train run.yaml --resume"),
+        (
+            8,
+            4,
+            "to go on, on every machine and with torchrun's --nnodes and --rdzv options as before: "
+            "torchrun --nproc-per-node 4 -m vipo train run.yaml --resume",
+        ),
+    ],
+)
+def test_the_way_to_go_on_is_that_of_the_launcher(monkeypatch, world, here, expected):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    assert how_to_go_on(["train", "run.yaml", "--overwrite"]) == expected
 
 
 def test_gradients_travel_in_buckets_of_one_kind(monkeypatch):

@@ -109,6 +109,14 @@ class Ranks:
             for name, row in rows.items()
         }
 
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of a tensor of one shape over the ranks."""
+        if self.world > 1:
+            values = values.clone()
+            with self.guard():
+                dist.all_reduce(values)
+        return values
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return flag if self.world == 1 else bool(self.gather(torch.tensor([flag])).any())

@@ -153,8 +153,9 @@ def find_micro_batch(
             if good == 0:
                 return Fit(0, {size: need}, limit)
             raise OutOfMemory(
-                f"sampling.micro_batch=auto: memory ran out at {size} samples, and with parallel.shard the search cannot "
-                f"go on, for other ranks wait where this one has left; set sampling.micro_batch={good}, which fitted"
+                f"sampling.micro_batch=auto: memory ran out at {size} samples, and with parallel.shard the search "
+                "cannot go on, for other ranks wait where this one has left; set "
+                f"sampling.micro_batch={good}, which fitted"
             )
         needs[size] = agree(need)
         if needs[size] <= limit:

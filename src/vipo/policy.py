@@ -280,7 +280,10 @@ class DiffusersPolicy:
             self._rescore(traj, steps, store)
 
     def keep_reference(self) -> None:
-        """Keep a copy of fully trained weights (of sharded ones this rank's) as the KL's reference; an adapter needs none."""
+        """Keep a copy of fully trained weights, of sharded ones this rank's part, as the KL's reference.
+
+        An adapter needs none.
+        """
         if not self.lora:
             self._reference = [local(p.detach()).clone() for p in self.trainable_parameters().values()]
 

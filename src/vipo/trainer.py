@@ -84,7 +84,8 @@ class Trainer:
         if reward is not None and len(weights) > 1:
             raise ValueError(f"reward: one object was given for several names: {', '.join(weights)}; name one")
         given = None if reward is None else dict.fromkeys(weights, reward)
-        rewards = given or load_rewards(list(weights), waits, config.reward.paths, config.reward.options)
+        shared: dict[Any, Any] = {}  # models that held-out rewards use too
+        rewards = given or load_rewards(list(weights), waits, config.reward.paths, config.reward.options, shared)
         self.reward = RewardMixture(rewards, weights)
         self.map_source = MapSource(config.map, waits, psm=psm)
         own = config.reward_maps
@@ -103,7 +104,7 @@ class Trainer:
         self.ema = WeightAverage(self.parameters, config.optimizer.ema) if config.optimizer.ema else None
         self.iteration = 0
         self.frames = self.maps = torch.empty(0)
-        self.watch = Watch(config, self.policy, self.reward.rewards, self.map_source, write=self.ranks.main)
+        self.watch = Watch(config, self.policy, self.reward.rewards, self.map_source, ranks=self.ranks, shared=shared)
         self.rollouts = Rollouts(config, self.prompts, self.policy, self.reward, self.ranks)
         self._auto = config.sampling.micro_batch == "auto"
         if self._auto:
