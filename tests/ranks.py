@@ -4,11 +4,13 @@ JSON: a list of cases {"name", "world", "iterations", "config": {...}, "family"}
 from this one, which has imported everything, and write FOLDER/NAME_RANK.json.
 """
 
+import contextlib
 import json
 import os
 import socket
 import sys
 import traceback
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from tiny_pipelines import build
 
 from vipo.config import Config
 from vipo.distributed import RankError, leave, local, whole
+from vipo.fitting import OutOfMemory
 from vipo.safety import NonFiniteGuard
 from vipo.trainer import Trainer
 
@@ -39,6 +42,15 @@ def blind_to_a(frames, prompts):
 def bright(frames, prompts):
     """A map."""
     return frames.mean(2) ** 2
+
+
+COUNTED = []
+
+
+def counted(frames, prompts):
+    """A held-out reward that counts its samples."""
+    COUNTED.extend(prompts)
+    return bright(frames, prompts).mean((1, 2, 3))
 
 
 CALLS = []
@@ -68,37 +80,76 @@ def run(case, folder, rank):
     run = {"output": output, "iterations": case["iterations"], "tensorboard": False}
     config["run"] = {**run, **config.get("run", {})}
     config["prompts"] = {"path": str(folder / "prompts.txt"), **config["prompts"]}
+    if case.get("runs_out") == rank:
+        Trainer._accumulate = out_of_memory(Trainer._accumulate)
     trainer = Trainer(Config.from_mapping(config))
-    start = _weights(trainer)
+    start = _weights(trainer.parameters)
     lines, frames = [], []
-    guard, spread = NonFiniteGuard(trainer.config, trainer.rollouts.batch, rank=rank), trainer.pixel_advantages
+    guard = NonFiniteGuard(trainer.config, trainer.rollouts.batch, rank=rank)
     if "mode" in case:  # with a run directory
         trainer.run(mode=case["mode"], on_iteration=lambda iteration, metrics: lines.append(metrics))
     with trainer.ranks.guard():
         for iteration in range(0 if "mode" in case else case["iterations"]):
             if case.get("dies") == [rank, iteration]:
                 os._exit(9)
-            if case.get("bad_advantages") == [rank, iteration]:
-                trainer.pixel_advantages = lambda *a: [part * torch.nan for part in spread(*a)]
-            lines.append(guard.attempt(trainer.step, iteration))
-            frames.append(trainer.frames.double().flatten(1).mean(1).tolist())
+            with spoilt(trainer, [kind for kind, *where in case.get("bad", []) if where == [rank, iteration]]):
+                lines.append(guard.attempt(trainer.step, iteration))
+            frames.append(trainer.frames.double().flatten(1).mean(1).tolist() if "skipped" not in lines[-1] else [])
     if case.get("bad_weight") == rank:
         local(trainer.parameters[0].data).fill_(torch.nan)
         guard.check_state(case["iterations"], trainer.policy.trainable_parameters(), trainer.optimizer)
     found = {
         "iterations": trainer.iteration,
+        "counted": len(import_module("ranks").COUNTED),  # not this file, which is __main__
         "metrics": lines,
         "frames": frames,
         "start": start,
-        "weights": _weights(trainer),
+        "weights": _weights(trainer.parameters),
+        "ema": _weights(trainer.ema.values) if trainer.ema else None,
     }
     leave()
     return found
 
 
-def _weights(trainer):
-    """Some of the trained weights: of every tensor the first hundred."""
-    return torch.cat([whole(p.detach()).flatten()[:100] for p in trainer.parameters]).double().tolist()
+def out_of_memory(accumulate):
+    """A replay whose memory runs out at 2 samples."""
+
+    def replay(trainer, traj, *arguments, **more):
+        if len(traj) == 2:
+            raise torch.OutOfMemoryError("out of memory")
+        accumulate(trainer, traj, *arguments, **more)
+
+    return replay
+
+
+@contextlib.contextmanager
+def spoilt(trainer, kinds):
+    """Make the first sampled latents NaN for the length of a block, or the advantages of the last update."""
+    spread, calls = trainer.pixel_advantages, []
+
+    def advantages(*arguments):
+        calls.append(1)
+        last = len(calls) == trainer.config.optimizer.updates_per_rollout
+        return [part * (torch.nan if last else 1) for part in spread(*arguments)]
+
+    def denoiser(module, arguments, output):
+        calls.append(1)
+        return (output[0] * torch.nan, *output[1:]) if len(calls) == 1 else output
+
+    if "advantages" in kinds:
+        trainer.pixel_advantages = advantages
+    hook = trainer.policy.denoiser.register_forward_hook(denoiser) if "latents" in kinds else None
+    try:
+        yield
+    finally:
+        trainer.pixel_advantages = spread
+        if hook:
+            hook.remove()
+
+
+def _weights(tensors):
+    """Some of the weights: of every tensor the first hundred."""
+    return torch.cat([whole(p.detach()).flatten()[:100] for p in tensors]).double().tolist()
 
 
 def child(case, folder, rank, port):
@@ -106,7 +157,7 @@ def child(case, folder, rank, port):
     os.environ["MASTER_ADDR"] = "127.0.0.1"
     try:
         found = run(case, folder, rank)
-    except (RankError, ValueError, FloatingPointError) as error:
+    except (RankError, OutOfMemory, ValueError, FloatingPointError) as error:
         found = {"error": f"{type(error).__name__}: {error}"}
     (folder / f"{case['name']}_{rank}.json").write_text(json.dumps(found))
 

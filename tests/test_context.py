@@ -14,6 +14,7 @@ CLIP = {  # noise of their own: samples that differ by rounding alone would have
 PICTURE = {"sampling": {"call": {"max_sequence_length": 16}}}
 FLUX2 = {"sampling": {"call": {"max_sequence_length": 32, "text_encoder_out_layers": [1, 2, 3]}}}
 CONTEXT = {"parallel": {"context": 2, "timeout": 60}}
+KL = {"loss": {"kl_beta": 0.1}}
 BOTH = {"parallel": {"context": 2, "shard": True, "timeout": 60}}
 MORE = {
     "model": {"gradient_checkpointing": True},
@@ -33,9 +34,9 @@ def found(tmp_path_factory):
     cases = [
         clip("more_one", 1, MORE, iterations=1),
         clip("more_two", 2, MORE, CONTEXT, iterations=1),
-        clip("full_one", 1, FULL),
-        clip("full_saved", 2, FULL, CONTEXT, iterations=1, mode="no"),
-        clip("full_resumed", 1, FULL, iterations=2, mode="resume", begun_by="full_saved"),
+        clip("full_one", 1, FULL, KL),
+        clip("full_saved", 2, FULL, KL, CONTEXT, iterations=1, mode="no"),
+        clip("full_resumed", 1, FULL, KL, iterations=2, mode="resume", begun_by="full_saved"),
         clip("nan_loss", 2, CONTEXT, bad_advantages=[1, 0]),
         case("no_plan", 2, CONTEXT),
         clip("few_heads", 4, {"parallel": {"context": 4}}),
@@ -95,7 +96,7 @@ def test_auto_tries_a_micro_batch_on_all_ranks(more_found):
 
 def test_a_loss_that_is_not_finite_ends_all(found):
     other, bad = found["nan_loss"]
-    assert "loss of step 0 is not finite" in bad["error"] and "RankError" in other["error"]
+    assert "loss of step 0 is not finite" in bad["error"] and "rank 1 has met a tensor" in other["error"]
 
 
 @pytest.mark.parametrize(
@@ -117,16 +118,9 @@ def test_a_group_makes_the_same_samples():
     assert shares == [slice(0, 4), slice(0, 4), slice(4, 8), slice(4, 8)]
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"model": {"compile": True}}, "parallel.context: was not tried with compiled blocks"),
-        ({"model": {"train": "full"}, "loss": {"kl_beta": 0.1}}, "parallel.context: the KL's copy"),
-    ],
-)
-def test_what_was_not_tried_is_refused(changes, words):
-    with pytest.raises(ValueError, match=words):
-        Config.from_mapping({"parallel": {"context": 2}, **changes})
+def test_compiled_blocks_were_not_tried():
+    with pytest.raises(ValueError, match="parallel.context: was not tried with compiled blocks"):
+        Config.from_mapping({"parallel": {"context": 2}, "model": {"compile": True}})
 
 
 def test_one_process_has_nobody_to_share_with():

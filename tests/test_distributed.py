@@ -6,12 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from test_trainer import make
 
 from vipo.build import make_policy
 from vipo.config import Config
+from vipo.console import how_to_go_on
 from vipo.distributed import Ranks, _buckets, shard_like, start, whole
 from vipo.trainer import Trainer
 
@@ -32,6 +35,8 @@ CONFIG = {
     "optimizer": {"learning_rate": 1e-3},
 }
 SHARD, FULL = {"parallel": {"shard": True}}, {"model": {"train": "full"}}
+OFFLOAD = {"parallel": {"shard": True, "cpu_offload": True}}
+AVERAGE, KL = {"optimizer": {"ema": 0.5}}, {"loss": {"kl_beta": 0.1}}
 
 
 def case(name, world, *changes, iterations=2, **more):
@@ -63,32 +68,57 @@ def assert_equal(alone, several, *, sizes=False):
             assert joined == pytest.approx(frames, abs=1e-6)
     for rank in several:
         for mine, line in zip(rank["metrics"], one["metrics"], strict=True):
-            # a ratio of means over samples, of which ranks take the mean; seconds are their own
-            skip = ("seconds", "map_border_to_centre")
+            # a ratio of means over samples, and the largest per micro-batch, of which the mean is taken; own seconds
+            skip = ("seconds", "map_border_to_centre", "ratio_max")
             numbers = {name: value for name, value in line.items() if not name.startswith(skip)}
             assert {name: mine[name] for name in numbers} == pytest.approx(numbers, rel=1e-4, abs=1e-5)
         assert rank["weights"] == several[0]["weights"]
-    start, end, other = (torch.tensor(v) for v in (one["start"], one["weights"], several[0]["weights"]))
-    assert (other - end).abs().mean() < 1e-3 * (end - start).abs().mean()  # AdamW turns the rounding of a 0 into a step
+    for kind in ("weights", "ema") if one["ema"] else ("weights",):
+        start, end, other = (torch.tensor(v) for v in (one["start"], one[kind], several[0][kind]))
+        # AdamW turns the rounding of a 0 into a step
+        assert (other - end).abs().mean() < 1e-3 * (end - start).abs().mean()
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    two = [case("one", 1), case("two", 2), case("four", 4), case("sharded", 2, SHARD)]
-    full = [case("full_one", 1, FULL), case("full_sharded", 2, FULL, SHARD)]
+    two = [
+        case("one", 1, AVERAGE),
+        case("two", 2, AVERAGE),
+        case("four", 4, AVERAGE),
+        case("sharded", 2, AVERAGE, SHARD),
+        case("offloaded", 2, AVERAGE, OFFLOAD),
+    ]
+    both = FULL, AVERAGE, KL
+    full = [
+        case("full_one", 1, *both),
+        case("full_sharded", 2, *both, SHARD),
+        case("full_saved", 2, *both, SHARD, iterations=1, mode="no"),
+        case("full_resumed", 2, *both, iterations=2, mode="resume", begun_by="full_saved"),
+    ]
     constant = {"reward": {"name": "ranks:blind_to_a"}}
     idle = [case("idle_one", 1, constant), case("idle_two", 2, constant)]
     bad = [
-        case("nan_loss", 2, {"parallel": {"shard": True, "timeout": 30}}, bad_advantages=[1, 0]),
+        case("nan_loss", 2, {"parallel": {"shard": True, "timeout": 30}}, bad=[["advantages", 1, 0]]),
         case("nan_weight", 2, SHARD, iterations=1, bad_weight=1),
         case("auto", 2, {"sampling": {"micro_batch": "auto"}}, iterations=1),
+        case("runs_out", 2, {"sampling": {"micro_batch": "auto"}}, SHARD, iterations=1, runs_out=1),
         case("nan_rewards", 2, {"reward": {"name": "ranks:failing"}}, iterations=1),
         case("dies", 2, {"parallel": {"timeout": 30}}, dies=[1, 1]),
         case("uneven", 3, iterations=1),
     ]
+    undone = {"optimizer": {"skip_nonfinite": 2, "updates_per_rollout": 2, "step_fraction": 1.0, "ema": 0.5}}
+    small = {"sampling": {"micro_batch": 2}, "parallel": {"timeout": 30}}
+    once = {"optimizer": {"skip_nonfinite": 1}, "parallel": {"timeout": 30}}
+    met = [["advantages", 1, 1], ["latents", 0, 2]]
+    skipped = [
+        case("skip_one", 1, undone, iterations=4, bad=[["advantages", 0, 1], ["latents", 0, 2]]),
+        case("skip_two", 2, undone, small, iterations=4, bad=met),
+        case("skip_sharded", 2, undone, small, {"parallel": {"shard": True}}, iterations=4, bad=met),
+        case("skip_limit", 2, once, bad=[["latents", 1, 0], ["advantages", 0, 1]]),
+    ]
     resumed = [
-        case("saved", 2, SHARD, iterations=1, mode="no"),
-        case("resumed", 1, iterations=2, mode="resume", begun_by="saved"),
+        case("saved", 2, AVERAGE, SHARD, iterations=1, mode="no"),
+        case("resumed", 1, AVERAGE, iterations=2, mode="resume", begun_by="saved"),
     ]
     folder = tmp_path_factory.mktemp("ranks")
     sizes = {"prompts": {"path": str(folder / "sizes.jsonl"), "per_iteration": 4, "group_size": 2}}
@@ -107,7 +137,14 @@ def found(tmp_path_factory):
         )
         for rank in (0, 1)
     ]
-    return run(folder, [*two, *full, *idle, *bad, *resumed, *sized, *stops]) | {"folder": folder}
+    watched = {"watch": {"every": 1, "path": "nano_held_out", "prompts": 9, "seeds": 2, "rewards": ["ranks:counted"]}}
+    watched |= {"sampling": {"micro_batch": 4}}  # 18 samples: five batches
+    watches = [
+        case("watch_one", 1, watched, iterations=1, mode="no"),
+        case("watch_two", 2, watched, iterations=1, mode="no"),
+        case("watch_sharded", 2, watched, SHARD, iterations=1, mode="no"),
+    ]
+    return run(folder, [*watches, *two, *full, *idle, *bad, *skipped, *resumed, *sized, *stops]) | {"folder": folder}
 
 
 @pytest.mark.parametrize(
@@ -116,8 +153,11 @@ def found(tmp_path_factory):
         ("one", "two"),
         ("one", "four"),
         ("one", "sharded"),
+        ("one", "offloaded"),
         ("full_one", "full_sharded"),
         ("idle_one", "idle_two"),
+        ("skip_one", "skip_two"),
+        ("skip_one", "skip_sharded"),
         ("sizes_one", "sizes_two"),
     ],
 )
@@ -125,10 +165,24 @@ def test_the_result_does_not_depend_on_the_number_of_ranks(found, alone, several
     assert_equal(found[alone], found[several], sizes=alone.startswith("sizes"))
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(found):
-    (resumed,), one = found["resumed"], found["one"][0]
-    assert_equal([{**one, "metrics": one["metrics"][1:], "frames": []}], [resumed])
-    assert [len(rank["metrics"]) for rank in found["saved"]] == [1, 1]
+@pytest.mark.parametrize("kind", ["", "full_"])
+def test_a_run_goes_on_with_another_number_of_ranks_or_whole_weights(found, kind):
+    (one,) = found[f"{kind}one"]
+    assert_equal([{**one, "metrics": one["metrics"][1:], "frames": []}], found[f"{kind}resumed"])
+    assert [len(rank["metrics"]) for rank in found[f"{kind}saved"]] == [1, 1]
+
+
+def test_the_kl_of_sharded_weights_is_to_the_weights_before_training(found):
+    first, second = (line["kl"] for line in found["full_sharded"][0]["metrics"])
+    assert first == 0 and second > 1e-4  # and equal to that of one process, see above
+
+
+def test_the_average_of_sharded_weights_is_saved_beside_them(found):
+    folder = found["folder"] / "run_full_saved" / "checkpoints" / "step_000001"
+    saved, average = (
+        load_file(next((folder / w).rglob("transformer/*.safetensors"))) for w in ("weights", "weights_ema")
+    )
+    assert any(not torch.equal(saved[name], average[name]) for name in saved)
 
 
 def test_training_moved_the_weights(found):
@@ -144,6 +198,25 @@ def test_a_rank_that_dies_stops_the_others(found):
     assert "RankError: rank 0 of 2 has lost the others" in survivor["error"] and "--resume" in survivor["error"]
 
 
+@pytest.mark.parametrize("name", ["watch_two", "watch_sharded"])
+def test_ranks_share_the_evaluations_of_the_watch(found, name):
+    """Each batch is scored once, as one process does it; the base has the same numbers bit for bit."""
+    read = [
+        [json.loads(file.read_text()) for file in sorted((found["folder"] / f"run_{n}" / "evaluations").glob("*.json"))]
+        for n in ("watch_one", name)
+    ]
+    for alone, several in zip(*read, strict=True):
+        for key in ("diversity", "distance"):
+            assert several[key] == pytest.approx(alone[key], abs=1e-5)
+        for reward, values in alone["rewards"].items():
+            assert np.array(several["rewards"][reward]) == pytest.approx(np.array(values), abs=1e-5)
+    (base, later), (shared_base, _) = read
+    assert shared_base["rewards"] == base["rewards"] and shared_base["diversity"] == base["diversity"]
+    assert base["rewards"] != later["rewards"]
+    assert [sum(rank["counted"] for rank in found[n]) for n in ("watch_one", name)] == [36, 36]
+    assert [rank["counted"] for rank in found[name]] == [20, 16]
+
+
 def test_rank_0_alone_ends_a_run_by_its_watch(found):
     assert [rank["iterations"] for rank in found["stop_0"]] == [1, 1]
     assert [rank["iterations"] for rank in found["stop_1"]] == [2, 2]
@@ -153,9 +226,23 @@ def test_what_is_not_finite_on_one_rank_is_named_there_and_ends_all(found):
     """A replay of sharded weights needs all ranks: none may look for the bad tensor alone."""
     other, bad = found["nan_loss"]
     assert "FloatingPointError: iteration 1: loss of step 0 is not finite" in bad["error"]
-    assert "RankError: rank 0 of 2 has lost the others" in other["error"]
+    assert "iteration 1: rank 1 has met a tensor that is not finite, and names it; debug bundle: " in other["error"]
+    assert other["error"].endswith("/debug/iteration_000001_rank1")
     _, bad = found["nan_weight"]
     assert "FloatingPointError: iteration 1: weight " in bad["error"]
+
+
+@pytest.mark.parametrize("name", ["skip_one", "skip_two", "skip_sharded"])
+def test_what_is_not_finite_on_one_rank_is_skipped_by_all(found, name):
+    for rank in found[name]:
+        assert [line.get("skipped", 0) for line in rank["metrics"]] == [0, 1, 1, 0]
+        assert [line["skipped_iterations"] for line in rank["metrics"]] == [0, 1, 2, 2]
+
+
+def test_the_limit_of_skipped_iterations_counts_those_of_all_ranks(found):
+    bad, other = (rank["error"] for rank in found["skip_limit"])
+    assert "FloatingPointError: iteration 2: loss of step " in bad and "1 iterations were skipped" in bad
+    assert "iteration 2: rank 0 has met a tensor that is not finite" in other and "1 iterations were skipped" in other
 
 
 def test_every_rank_has_a_debug_bundle_of_its_own(found):
@@ -169,6 +256,14 @@ def test_every_rank_has_a_debug_bundle_of_its_own(found):
 
 def test_auto_finds_one_micro_batch_for_all_within_a_share(found):
     assert [rank["metrics"][0]["micro_batch"] for rank in found["auto"]] == [4, 4]
+
+
+def test_a_rank_that_runs_out_of_memory_in_a_sharded_trial_ends_all(found):
+    """It has left the others in the middle of a replay: they do not wait for parallel.timeout, here ten minutes."""
+    other, out = found["runs_out"]
+    assert "OutOfMemory: sampling.micro_batch=auto: memory ran out at 2 samples" in out["error"]
+    assert out["error"].endswith("set sampling.micro_batch=1, which fitted")
+    assert "RankError: rank 0 of 2 has lost the others" in other["error"]
 
 
 def test_a_world_without_a_rank_is_refused(monkeypatch):
@@ -221,6 +316,25 @@ def test_every_rank_has_a_device_of_its_own(monkeypatch):
         start(device="cuda")
 
 
+@pytest.mark.parametrize(
+    ("world", "here", "expected"),
+    [
+        (1, 1, "to go on: vipo train run.yaml --resume"),
+        (2, 2, "to go on: torchrun --nproc-per-node 2 -m vipo train run.yaml --resume"),
+        (
+            8,
+            4,
+            "to go on, on every machine and with torchrun's --nnodes and --rdzv options as before: "
+            "torchrun --nproc-per-node 4 -m vipo train run.yaml --resume",
+        ),
+    ],
+)
+def test_the_way_to_go_on_is_that_of_the_launcher(monkeypatch, world, here, expected):
+    monkeypatch.setenv("WORLD_SIZE", str(world))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    assert how_to_go_on(["train", "run.yaml", "--overwrite"]) == expected
+
+
 def test_gradients_travel_in_buckets_of_one_kind(monkeypatch):
     monkeypatch.setattr("vipo.distributed.BUCKET", 40)
     sizes = [(4, torch.float32), (5, torch.float32), (9, torch.float32), (40, torch.float32), (2, torch.float64)]
@@ -229,8 +343,6 @@ def test_gradients_travel_in_buckets_of_one_kind(monkeypatch):
 
 
 def test_what_cannot_be_sharded_is_refused():
-    with pytest.raises(ValueError, match="parallel.shard"):
-        Config.from_mapping({"parallel": {"shard": True}, "model": {"train": "full"}, "loss": {"kl_beta": 0.1}})
     with pytest.raises(ValueError, match="parallel.cpu_offload"):
         Config.from_mapping({"parallel": {"cpu_offload": True}})
 

@@ -47,6 +47,13 @@ def test_the_line_through_two_needs_finds_the_largest_that_fits(limit, expected,
     assert found.needs[1] == 1100 and found.need(9) == (1900 if expected else 9 * 1100 or None)
 
 
+@pytest.mark.parametrize(("limit", "expected", "sizes"), [(2199, 1, [1]), (2200, 12, [1, 2, 4, 8, 12])])
+def test_where_memory_must_not_run_out_two_are_tried_only_if_twice_one_fits(limit, expected, sizes):
+    trial, tried = linear_trial(1000, 100)
+    found = find_micro_batch(trial, 12, CPU, later=0, limit=limit, once=True)
+    assert (found.micro_batch, tried) == (expected, sizes)
+
+
 def test_what_waits_and_what_comes_later_count():
     trial, _ = linear_trial(1000, 100, waiting=50.0)
     found = find_micro_batch(trial, 12, CPU, later=30, limit=10**9)
@@ -68,6 +75,11 @@ def test_a_size_that_breaks_is_approached_by_halves():
     trial, tried = linear_trial(0, 1, breaks_at=7)
     found = find_micro_batch(trial, 16, CPU, later=0, limit=10**9)
     assert tried == [1, 2, 4, 8, 6, 7] and found.micro_batch == 6 and "8: more than there is" in str(found)
+
+    with pytest.raises(OutOfMemory, match="ran out at 8 samples, .* set sampling.micro_batch=4, which fitted"):
+        find_micro_batch(trial, 16, CPU, later=0, limit=10**9, once=True)
+    at_once = find_micro_batch(linear_trial(0, 1, breaks_at=1)[0], 16, CPU, later=0, limit=10**9, once=True)
+    assert at_once.micro_batch == 0
 
     def programming_error(size):
         raise RuntimeError("shapes differ")

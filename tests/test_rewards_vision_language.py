@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from PIL import Image
+from test_trainer import make
 from tiny_pipelines import qwen_tokenizer
 from tiny_rewards import pixels, qwen_folder, rewards_of, save
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
@@ -226,6 +227,16 @@ def test_lora_has_the_names_that_peft_gives_it():
     assert {name.removeprefix("base_model.model.") for name in merged} == set(expected)
     for name, tensor in expected.items():
         torch.testing.assert_close(merged[f"base_model.model.{name}"], tensor)
+
+
+def test_a_held_out_reward_of_a_model_that_is_trained_on_is_not_loaded_again(qwen, tmp_path):
+    videoalign_folder(qwen[1], tmp_path, lora=False)
+    names = ["videoalign_vq", "videoalign_mq"]
+    options = {"base": qwen[0], "dtype": "float32", "chunk": 2}
+    rewards = {"paths": dict.fromkeys(names, str(tmp_path)), "options": dict.fromkeys(names, options)}
+    watch = {"every": 2, "rewards": names[1:], "path": "nano_held_out", "prompts": 8}
+    trainer = make(tmp_path, reward=None, name=names[0], rewards=rewards, watch=watch)
+    assert sharing(trainer.watch.held_out.rewards) == [names]
 
 
 def test_rewards_of_one_model_load_it_once_and_run_it_once_per_batch(qwen, tmp_path):

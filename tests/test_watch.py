@@ -12,8 +12,9 @@ import yaml
 from test_trainer import brightness, make, numbers, weights
 
 from vipo import Config, Trainer
+from vipo.distributed import Ranks
 from vipo.evaluation import bootstrap_mean
-from vipo.held_out import Evaluation
+from vipo.held_out import Evaluation, turns
 from vipo.report import render_report
 from vipo.runlog import read_metrics
 from vipo.watch import constant_groups, diversity_fall, group_std_collapse, hacking, kl_growth
@@ -268,6 +269,38 @@ def test_a_collapse_is_found_without_evaluations_and_told_once(tmp_path, caplog)
     watched(tmp_path, "parts", iterations=8, **ones).run()
     watched(tmp_path, "parts", iterations=11, **ones).run(mode="resume")
     assert json.loads((tmp_path / "parts" / "watch.json").read_text()) == found  # the window spans the gap
+
+
+def test_skipped_iterations_do_not_move_the_last_clean_one(tmp_path):
+    """Twelve clean iterations, then ten without a signal, with two skipped between: 10 + 2 before the last."""
+    trainer = watched(tmp_path, "run", iterations=30)
+    group = {"group_std": 1.0, "dropped_groups": 0}
+    good, bad = {**group, "constant_groups": 0}, {**group, "constant_groups": 2}
+    (tmp_path / "run").mkdir()
+    for i, line in enumerate([*[good] * 12, *[bad] * 3, *[{"skipped": 1}] * 2, *[bad] * 7], 1):
+        trainer.watch(tmp_path / "run", i, line)
+    (warning,) = trainer.watch.warnings
+    assert (warning.iteration, warning.clean) == (20, 8)  # the window is 9 to 20, less 16 and 17: six constant of ten
+
+
+@pytest.mark.parametrize(
+    ("sizes", "in_step", "expected"),
+    [
+        ("aaaaa", False, [[0, 2, 4], [1, 3]]),
+        ("aaaaa", True, [[0, 2, 4], [1, 3, (4,)]]),
+        ("a", False, [[0], []]),
+        ("a", True, [[0], [(0,)]]),
+        ("abaab", True, [[0, 2, 4], [1, 3, (4,)]]),
+        ("aag", False, [[0, 2], [1]]),
+        ("aag", True, [[0, (1,), 2], [(0,), 1, (2,)]]),
+    ],
+)
+def test_ranks_share_the_batches_of_an_evaluation(sizes, in_step, expected):
+    """In brackets what is sampled only to call the denoiser as often as the others do."""
+    calls = {"a": {"height": 32}, "b": {"height": 64}, "g": {"height": 32, "guidance_scale": 4.0}}
+    found = [list(turns([calls[s] for s in sizes], Ranks(rank, 2), in_step=in_step)) for rank in (0, 1)]
+    assert [[i if own else (i,) for i, own in rank] for rank in found] == expected
+    assert list(turns([calls[s] for s in sizes], Ranks(), in_step=in_step)) == [(i, True) for i in range(len(sizes))]
 
 
 HACKED = {

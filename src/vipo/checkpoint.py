@@ -102,7 +102,7 @@ def _write(
         if policy.lora:  # fully trained weights are in weights/ already
             tensors[f"weight.{name}"] = whole(parameter.detach()).contiguous()
             if ema is not None:
-                tensors[f"ema.{name}"] = ema.values[i].contiguous()
+                tensors[f"ema.{name}"] = whole(ema.values[i]).contiguous()
         for key, value in optimizer.state.get(parameter, {}).items():
             if key == "step":
                 counts[name] = float(whole(value))
@@ -114,12 +114,17 @@ def _write(
     (folder / CONFIG).write_text(config.to_yaml(), encoding="utf-8")
 
 
-def gather_state(policy: DiffusersPolicy, optimizer: torch.optim.Optimizer) -> None:
+def gather_state(policy: DiffusersPolicy, optimizer: torch.optim.Optimizer, ema: WeightAverage | None = None) -> None:
     """Do a rank's part in a checkpoint of sharded weights that rank 0 writes: join the same tensors in its order."""
     policy.save(None)
-    for parameter in policy.trainable_parameters().values():
+    if ema is not None:
+        with ema.in_place():
+            policy.save(None)
+    for i, parameter in enumerate(policy.trainable_parameters().values()):
         if policy.lora:
             whole(parameter.detach())
+            if ema is not None:
+                whole(ema.values[i])
         for value in optimizer.state.get(parameter, {}).values():
             whole(value)
 

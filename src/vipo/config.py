@@ -349,20 +349,8 @@ class Config(Section):
                 "model.autocast: model.train=full keeps the trained weights in float32, so "
                 f"model.dtype={self.model.dtype} needs model.autocast={self.model.dtype}"
             )
-        if self.parallel.shard and self.optimizer.ema is not None:
-            raise ValueError("parallel.shard: no average of sharded weights is kept; set optimizer.ema=null")
-        if self.parallel.shard and self.model.train == "full" and self.loss.kl_beta > 0:
-            raise ValueError(
-                "parallel.shard: the KL of fully trained weights needs a whole copy of them; set loss.kl_beta=0 or "
-                "model.train=lora, whose reference is the adapter turned off"
-            )
         if self.parallel.context > 1 and self.model.compile:
             raise ValueError("parallel.context: was not tried with compiled blocks; set model.compile=false")
-        if self.parallel.context > 1 and self.model.train == "full" and self.loss.kl_beta > 0:
-            raise ValueError(
-                "parallel.context: the KL's copy of fully trained weights cannot share tokens; set loss.kl_beta=0 or "
-                "model.train=lora, whose reference is the adapter turned off"
-            )
         _ = self.reward_maps  # checks them
         if self.reward.asynchronous and self.sampling.micro_batch is None:
             raise ValueError(

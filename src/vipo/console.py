@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -51,6 +52,11 @@ def typed_command(arguments: Sequence[str]) -> str:
 
 
 def how_to_go_on(arguments: Sequence[str]) -> str:
-    """The command that continues a run of vipo train which was started by these arguments."""
+    """The command that continues a run of vipo train which was started by these arguments, maybe under torchrun."""
     once = ("--resume", "--overwrite", "--allow-changes")
-    return "to go on: " + shlex.join(["vipo", *(text for text in arguments if text not in once), "--resume"])
+    begin, command = "to go on: ", ["vipo"]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        command = ["torchrun", "--nproc-per-node", os.environ.get("LOCAL_WORLD_SIZE", "1"), "-m", "vipo"]
+        if os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+            begin = "to go on, on every machine and with torchrun's --nnodes and --rdzv options as before: "
+    return begin + shlex.join([*command, *(text for text in arguments if text not in once), "--resume"])

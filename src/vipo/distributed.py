@@ -19,6 +19,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .types import NonFiniteError
+
 BUCKET = 2**26
 """Bytes of gradients that are summed in one all-reduce."""
 _LOST = re.compile("gloo|nccl|connection|timed out|timeout|broken pipe|process group", re.IGNORECASE)
@@ -26,6 +28,14 @@ _LOST = re.compile("gloo|nccl|connection|timed out|timeout|broken pipe|process g
 
 class RankError(RuntimeError):
     """Another rank has stopped or hangs."""
+
+
+class NotFiniteElsewhere(NonFiniteError):
+    """A NonFiniteError of another rank, `rank`."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"rank {rank} has met a tensor that is not finite, and names it", "", torch.empty(0))
+        self.rank = rank
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,11 @@ class Ranks:
     def data_world(self) -> int:
         """Number of shares that the samples are cut into: one per context group."""
         return self.world // self.context
+
+    @property
+    def data_rank(self) -> int:
+        """Which of these shares is this rank's."""
+        return self.rank // self.context
 
     @property
     def main(self) -> bool:
@@ -84,7 +99,7 @@ class Ranks:
                 f"{self.data_world} {kind}; make it a multiple of {self.data_world}"
             )
         size = count // self.data_world
-        first = self.rank // self.context * size
+        first = self.data_rank * size
         return slice(first, first + size)
 
     def gather(self, values: Tensor) -> Tensor:
@@ -115,6 +130,14 @@ class Ranks:
             for name, row in rows.items()
         }
 
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of a tensor of one shape over the ranks."""
+        if self.world > 1:
+            values = values.clone()
+            with self.guard():
+                dist.all_reduce(values)
+        return values
+
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
         return flag if self.world == 1 else bool(self.gather(torch.tensor([flag])).any())
@@ -130,6 +153,23 @@ class Ranks:
         found = self.gather(torch.tensor([value])).tolist() if self.world > 1 else [value]
         if len(set(found)) > 1:
             raise ValueError(f"{name}: differs between ranks ({', '.join(map(str, found))}), which must work in step")
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """End a block with a NonFiniteError on all ranks where one ends so: nobody waits for a rank that has left.
+
+        All ranks come here. In the block none waits for others, unless all leave it alike where one does.
+        """
+        found: NonFiniteError | None = None
+        try:
+            yield
+        except NonFiniteError as error:
+            found = error
+        bad = self.gather(torch.tensor([found is not None])).tolist()
+        if found is not None:
+            raise found
+        if any(bad):
+            raise NotFiniteElsewhere(bad.index(True))
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -230,7 +270,8 @@ def shard(module: nn.Module, device: torch.device, *, cpu_offload: bool = False)
         cpu_offload: keep the shards in the memory of the CPU between uses.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    policy = CPUOffloadPolicy() if cpu_offload else OffloadPolicy()
+    pinned = device.type != "cpu"  # where there is an accelerator to copy to
+    policy = CPUOffloadPolicy(pin_memory=pinned) if cpu_offload else OffloadPolicy()
     names = set(getattr(module, "_repeated_blocks", None) or []) | set(getattr(module, "_no_split_modules", None) or [])
     for block in reversed([part for part in module.modules() if type(part).__name__ in names]):  # inner ones first
         fully_shard(block, mesh=mesh, offload_policy=policy)
@@ -245,6 +286,43 @@ def whole(tensor: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; another one as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(module: nn.Module) -> None:
+    """Drop the whole weights that a call without a backward leaves in a sharded module: the next call gathers anew."""
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
+@contextlib.contextmanager
+def exchanged(
+    parameters: Iterable[Tensor], others: Iterable[Tensor], modules: Collection[nn.Module] = ()
+) -> Iterator[None]:
+    """Exchange the contents of two lists of tensors for the length of a block, with one tensor's copy at a time.
+
+    Contents, not storages: FSDP2 gathers from storage that an exchange of `.data` would not reach.
+
+    Args:
+        parameters: whole, or sharded: then this rank's parts are exchanged.
+        others: as many, of the same shapes or the parts' shapes.
+        modules: whose parameters they are, where these are called in the block.
+    """
+    pairs = [(local(p.detach()), local(other.detach())) for p, other in zip(parameters, others, strict=True)]
+
+    def exchange() -> None:
+        for module in modules:
+            reshard(module)
+        for mine, other in pairs:
+            held = mine.clone()
+            mine.copy_(other)
+            other.copy_(held)
+
+    exchange()
+    try:
+        yield
+    finally:
+        exchange()
 
 
 def whole_state(module: nn.Module, *, adapters: bool) -> dict[str, Tensor]:

@@ -120,6 +120,7 @@ def find_micro_batch(
     most: int | None = None,
     limit: float | None = None,
     agree: Callable[[float], float] = float,
+    once: bool = False,
 ) -> Fit:
     """Find the largest micro-batch that fits, by trying 1, 2, 4, ... samples.
 
@@ -137,15 +138,29 @@ def find_micro_batch(
         most: largest size that is tried; default N.
         limit: bytes; default `USABLE` of what is free.
         agree: a number -> the largest of it on any rank, so that all ranks try and find the same.
+        once: memory must not run out a single time: of sharded weights, where other ranks then wait for this one in the
+            middle of a call. 2 is tried where twice the need of 1 fits, which is enough whatever the line's base.
+
+    Raises:
+        OutOfMemory: memory ran out with `once`, at more than one sample.
     """
     limit = -agree(-(USABLE * free_memory(device) if limit is None else limit))
     needs: dict[int, float] = {}
     good, size, most = 0, 1, most or samples
     while size > good:
-        needs[size] = agree(_need(trial, size, samples, device) + later)
+        need = _need(trial, size, samples, device) + later
+        if once and math.isinf(need):  # nobody is there to agree
+            if good == 0:
+                return Fit(0, {size: need}, limit)
+            raise OutOfMemory(
+                f"sampling.micro_batch=auto: memory ran out at {size} samples, and with parallel.shard or "
+                "parallel.context the search cannot go on, for other ranks wait where this one has left; set "
+                f"sampling.micro_batch={good}, which fitted"
+            )
+        needs[size] = agree(need)
         if needs[size] <= limit:
             good = size
-            size = min(most, 2 * good, _reach(needs, limit))
+            size = min(most, 2 * good, _reach(needs, limit, sure=once))
         else:
             most = size - 1
             size = (good + most + 1) // 2
@@ -166,10 +181,13 @@ def _need(trial: Callable[[int], float], size: int, samples: int, device: torch.
     return math.inf if math.isinf(waiting) else peak[0] + (samples - size) * waiting
 
 
-def _reach(needs: dict[int, float], limit: float) -> int:
-    """The largest size whose need is below the limit on the line through the last two; 2 before there are two."""
+def _reach(needs: dict[int, float], limit: float, *, sure: bool = False) -> int:
+    """The largest size whose need is below the limit on the line through the last two.
+
+    Before there are two it is 2; if it must be `sure`, what fits on the line through 0.
+    """
     if len(needs) < 2:
-        return 2
+        return int(limit / needs[1]) if sure and needs[1] > 0 else 2
     (a, low), (b, high) = list(needs.items())[-2:]
     slope = (high - low) / (b - a)
     return int(b + (limit - high) / slope) if slope > 0 and math.isfinite(slope) else 2 * b

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from .config import Config
+from .distributed import Ranks
 from .evaluation import BATCH, Values
 from .files import write_atomically
 from .maps import MapSource, make_psm
@@ -70,15 +71,25 @@ class HeldOut:
         policy: with the weights to evaluate.
         trained: rewards that are trained on, by name.
         source: the run's maps, whose backbone sees how alike samples are; without one, `map.backbone` is loaded.
+        ranks: all processes of the run, which share the batches: each is scored once.
+        shared: models of the rewards that are trained on, see `load_rewards`.
 
     Raises:
         ValueError: prompts, a reward or a backbone that is not there, or too few prompts.
     """
 
     def __init__(
-        self, config: Config, policy: DiffusersPolicy, trained: Mapping[str, Reward], source: MapSource
+        self,
+        config: Config,
+        policy: DiffusersPolicy,
+        trained: Mapping[str, Reward],
+        source: MapSource,
+        *,
+        ranks: Ranks | None = None,
+        shared: dict[Any, Any] | None = None,
     ) -> None:
         self.config, self.policy, watch = config, policy, config.watch
+        self.ranks = ranks or Ranks()
         self.path = watch.path or _HELD_OUT.get(config.prompts.path, config.prompts.path)
         self.prompts = spread(unique_prompts(read_prompts(self.path)), watch.prompts)
         if len(self.prompts) < LEAST_PROMPTS:
@@ -89,7 +100,7 @@ class HeldOut:
         waits = "cpu" if config.model.offload != "none" else policy.device
         paths, options = config.reward.paths, config.reward.options
         with self._undisturbed():
-            self.rewards = dict(trained) | load_rewards(watch.rewards, waits, paths, options)
+            self.rewards = dict(trained) | load_rewards(watch.rewards, waits, paths, options, shared)
             self.backbone = source.backbone or make_psm(config.map, waits).backbone
         self._base_features: Tensor | None = None
 
@@ -136,21 +147,25 @@ class HeldOut:
         distance = 1 - functional.cosine_similarity(features.double(), self._base_features.double(), dim=-1)
         return Evaluation(
             iteration,
-            {name: torch.cat(parts).double().numpy().reshape(-1, seeds) for name, parts in rewards.items()},
+            {name: values.double().numpy().reshape(-1, seeds) for name, values in rewards.items()},
             mean_pairwise_distance(features).numpy(),
             distance.clamp_min(0).mean(1).numpy(),
             round(time.perf_counter() - started, 2),
         )
 
     @torch.no_grad()
-    def _scores(self) -> tuple[dict[str, list[Tensor]], Tensor]:
-        """Rewards by name, in batches, and the samples' mean features (P, S, D)."""
+    def _scores(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Rewards by name (P * S,), and the samples' mean features (P, S, D): of each batch by one rank, for all."""
         sampling, seeds, device = self.config.sampling, self.config.watch.seeds, self.policy.device
         entries = [prompt for prompt in self.prompts for _ in range(seeds)]
         noise = [noise_seed(prompt, j, 0) for prompt in self.prompts for j in range(seeds)]
-        rewards: dict[str, list[Tensor]] = {name: [] for name in self.rewards}
+        rewards = torch.zeros(len(self.rewards), len(entries))
+        rows: list[int] = []
         features: list[Tensor] = []
-        for batch in split_batches(entries, sampling.given_micro_batch or BATCH):
+        batches = split_batches(entries, sampling.given_micro_batch or BATCH)
+        calls = [entries[batch[0]].call for batch in batches]
+        for turn, own in turns(calls, self.ranks, in_step=self.config.parallel.shard):
+            batch = batches[turn]
             texts = [entries[i].text for i in batch]
             frames = self.policy.generate(
                 texts,
@@ -158,12 +173,21 @@ class HeldOut:
                 num_inference_steps=sampling.num_inference_steps,
                 **{**sampling.pipeline_call, **entries[batch[0]].call},
             )
-            for name, reward in self.rewards.items():
+            if not own:
+                continue
+            rows += batch
+            for i, (name, reward) in enumerate(self.rewards.items()):
                 with visiting([reward], device, self.config.model.offload):
-                    rewards[name].append(score(reward, frames, texts, name).rewards.cpu())
+                    rewards[i, batch] = score(reward, frames, texts, name).rewards.cpu()
             with visiting([self.backbone], device, self.config.model.offload):
                 features.append(self.backbone(frames).float().mean((1, 2, 3)).cpu())
-        return rewards, torch.cat(features).unflatten(0, (-1, seeds))
+        width = int(self.ranks.largest(features[0].shape[-1] if features else 0))
+        found = torch.zeros(len(entries), width)
+        found[rows] = torch.cat([torch.zeros(0, width), *features])
+        # what another rank has scored is 0 here: the sum changes no bit of it
+        return dict(zip(self.rewards, self.ranks.sum(rewards), strict=True)), self.ranks.sum(found).unflatten(
+            0, (-1, seeds)
+        )
 
     def save(self, folder: Path, found: Evaluation) -> None:
         """Write an evaluation into a run directory, with the base's also its features."""
@@ -203,6 +227,32 @@ class HeldOut:
         read = {name: np.array(values, dtype=np.float64) for name, values in record["rewards"].items()}
         diversity, distance = (np.array(record[name], dtype=np.float64) for name in ("diversity", "distance"))
         return Evaluation(0, read, diversity, distance, float(record["seconds"]))
+
+
+def turns(calls: Sequence[Mapping[str, Any]], ranks: Ranks, *, in_step: bool) -> Iterator[tuple[int, bool]]:
+    """Yield the batches that a rank samples, and whether it scores them: every one is scored by one rank.
+
+    Args:
+        calls: keywords of the pipeline's call, of each batch.
+        ranks: all processes; those that share tokens sample the same batches, and the first of them scores.
+        in_step: all must call their denoisers equally often, as those of sharded weights. A rank without a batch of its
+            own then samples another's; all sample all where the calls differ in more than sizes.
+    """
+    share, shares, leads = ranks.data_rank, ranks.data_world, ranks.rank % ranks.context == 0
+    if not in_step:
+        yield from ((i, leads) for i in range(share, len(calls), shares))
+    elif len({_work(call) for call in calls}) > 1:
+        yield from ((i, leads and i % shares == share) for i in range(len(calls)))
+    else:
+        for first in range(0, len(calls), shares):
+            mine = first + share
+            yield (mine, leads) if mine < len(calls) else (first, False)
+
+
+def _work(call: Mapping[str, Any]) -> str:
+    """What of a pipeline's call may decide how often it calls its denoiser."""
+    kept = {key: value for key, value in call.items() if key not in ("height", "width", "num_frames")}
+    return repr({k: v if isinstance(v, int | float | str | None) else type(v) for k, v in sorted(kept.items())})
 
 
 def discard_after(folder: Path, iteration: int) -> None:

@@ -7,7 +7,6 @@ embeddings and latents are put in front of its own attributes (`pipelines.patche
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +18,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from . import pipelines
-from .distributed import plain_class, whole_state
+from .distributed import exchanged, local, plain_class, reshard, whole_state
 from .kernels import Gaussian, gaussian_log_prob
 from .loading import load_pipeline, save_lora, save_pipeline
 from .losses import reference_kl
@@ -102,11 +101,13 @@ class DiffusersPolicy:
         self.denoisers: dict[str, nn.Module] = trained or denoisers
         self.denoiser_name, self.denoiser = next(iter(self.denoisers.items()))
         self._several = len(denoisers) > 1
-        self._reference: dict[str, nn.Module] = {}
+        self._reference: list[Tensor] = []
         self._layouts: dict[str, tuple[Tensor, tuple[int, int, int, int]]] = {}
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """The trained weights by name; the component's name comes first where the pipeline has several denoisers."""
+        for denoiser in self.denoisers.values():
+            reshard(denoiser)  # a rollout leaves some of them whole: other tensors, that no optimizer knows
         return {
             f"{component}.{name}" if self._several else name: p
             for component, denoiser in self.denoisers.items()
@@ -178,6 +179,7 @@ class DiffusersPolicy:
             rows = torch.tensor([unique.index(start) for start in starts], device=lead.final.device)
             traj = self._record(prompts, seeds, initial_seeds, call, slice(prefix, None), lead.final[rows])
             traj.steps = {k: record.take(rows) for k, record in lead.steps.items()} | traj.steps
+        require_finite_steps(traj.steps, prompts)  # not before the end: other ranks may wait for all denoiser calls
         traj.layout, traj.latent_shape = self._layout(traj)
         return traj
 
@@ -212,7 +214,6 @@ class DiffusersPolicy:
             )
         for k in set(recording.records) - set(ran):  # of an expert that is not trained: no gradient
             recording.records[k].log_probs = None
-        require_finite_steps(recording.records, prompts)
         pipelines.check_replayable(self.pipeline, prepared, recording.records)
         final = list(recording.records.values())[-1].next_latents
         unknown = torch.empty(0), (0, 0, 0, 0)
@@ -269,7 +270,7 @@ class DiffusersPolicy:
 
     @torch.no_grad()
     def add_reference(self, traj: Trajectory, steps: Sequence[int] | None = None) -> None:
-        """Record the step means under the reference weights: adapter off, or the frozen copy of `keep_reference`."""
+        """Record the step means under the reference weights: adapter off, or the copy of `keep_reference`."""
         steps = traj.stochastic_steps if steps is None else list(steps)
 
         def store(k: int, gaussian: Gaussian) -> None:
@@ -279,9 +280,12 @@ class DiffusersPolicy:
             self._rescore(traj, steps, store)
 
     def keep_reference(self) -> None:
-        """Keep a frozen copy of fully trained denoisers as the KL's reference; an adapter needs none."""
+        """Keep a copy of fully trained weights, of sharded ones this rank's part, as the KL's reference.
+
+        An adapter needs none.
+        """
         if not self.lora:
-            self._reference = {name: copy.deepcopy(p).requires_grad_(False) for name, p in self.denoisers.items()}
+            self._reference = [local(p.detach()).clone() for p in self.trainable_parameters().values()]
 
     @contextlib.contextmanager
     def _reference_weights(self) -> Iterator[None]:
@@ -296,7 +300,7 @@ class DiffusersPolicy:
         elif not self._reference:
             raise ValueError("reference: call keep_reference() before training all weights with a KL term")
         else:
-            with pipelines.patched(self.pipeline, self._reference):
+            with exchanged(self.trainable_parameters().values(), self._reference, self.denoisers.values()):
                 yield
 
     def _rescore(self, traj: Trajectory, steps: Sequence[int], on_step: Callable[[int, Gaussian], None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
@@ -65,7 +66,7 @@ class Rollouts:
         batch = self.batch(iteration)
         own = self.ranks.share(len(batch.prompts))
         offload = config.model.offload
-        with self.scoring(self.reward) as scoring:
+        with self.ranks.together(), self.scoring(self.reward) as scoring:
             with clock("rollout"):
                 decoded, plan = self.sample(batch.take(own), iteration, scoring)
                 buckets = _buckets(decoded)
@@ -131,13 +132,15 @@ class Rollouts:
         if self.config.parallel.in_step:
             self.ranks.equal("sampling.micro_batch: the number of micro-batches", len(runs))
         for run in runs:
-            traj = self.policy.rollout(
-                [batch.prompts[i] for i in run],
-                seeds=[batch.seeds[i] for i in run],
-                initial_seeds=[batch.initial_seeds[i] for i in run],
-                num_inference_steps=sampling.num_inference_steps,
-                **{**sampling.pipeline_call, **batch.entries[run[0]].call},
-            )
+            # to sample the next one from sharded weights needs all ranks
+            with self.ranks.together() if self.config.parallel.in_step else contextlib.nullcontext():
+                traj = self.policy.rollout(
+                    [batch.prompts[i] for i in run],
+                    seeds=[batch.seeds[i] for i in run],
+                    initial_seeds=[batch.initial_seeds[i] for i in run],
+                    num_inference_steps=sampling.num_inference_steps,
+                    **{**sampling.pipeline_call, **batch.entries[run[0]].call},
+                )
             frames = self.policy.decode(traj)
             scoring.ask(frames, traj.prompts)
             plan = plan or self._choose_steps(traj, iteration)

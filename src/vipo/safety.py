@@ -9,7 +9,6 @@ RUN/debug/iteration_000003/
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import logging
 import shutil
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import Config
-from .distributed import local
+from .distributed import NotFiniteElsewhere, local
 from .runlog import BUNDLES, read_metrics
 from .types import Experience, NonFiniteError, PromptBatch, StepRecord, Trajectory, require_finite
 from .versions import versions
@@ -48,23 +47,24 @@ def undone_if_not_finite(
 ) -> Iterator[None]:
     """Put weights, their average and optimizer state back, bit for bit, where a NonFiniteError ends the block.
 
-    The copy waits on the CPU: three times the trained weights for AdamW, four with an average.
+    The copy waits on the CPU: three times the trained weights for AdamW, four with an average; of sharded ones this
+    rank's part.
     """
     if not enabled:
         yield
         return
-    parameters = [p for group in optimizer.param_groups for p in group["params"]] + list(average)
-    weights = [p.detach().to("cpu", copy=True) for p in parameters]
-    state = copy.deepcopy(optimizer.state_dict())
-    for entry in state["state"].values():
-        entry.update({key: value.cpu() for key, value in entry.items() if isinstance(value, Tensor)})
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = [value for p in trained for value in optimizer.state.get(p, {}).values() if isinstance(value, Tensor)]
+    known = {p for p in trained if p in optimizer.state}
+    tensors = [local(tensor.detach()) for tensor in (*trained, *average, *moments)]
+    kept = [tensor.to("cpu", copy=True) for tensor in tensors]
     try:
         yield
     except NonFiniteError:
-        with torch.no_grad():
-            for p, weight in zip(parameters, weights, strict=True):
-                p.copy_(weight)
-        optimizer.load_state_dict(state)
+        for tensor, value in zip(tensors, kept, strict=True):  # in place, as the optimizer changed them
+            tensor.copy_(value)
+        for p in set(trained) - known:  # those of a first iteration
+            optimizer.state.pop(p, None)
         raise
 
 
@@ -157,13 +157,20 @@ class NonFiniteGuard:
             raise FloatingPointError(self._record(iteration - 1, error)) from error
 
     def _record(self, iteration: int, error: NonFiniteError) -> str:
-        bundle = write_bundle(self.config, iteration, error, self.batch_of(iteration), self.rank)
+        if isinstance(error, NotFiniteElsewhere):
+            bundle = bundle_folder(self.config, iteration, error.rank)
+        else:
+            bundle = write_bundle(self.config, iteration, error, self.batch_of(iteration), self.rank)
         return f"iteration {iteration + 1}: {error}; debug bundle: {bundle}"
 
 
+def bundle_folder(config: Config, iteration: int, rank: int) -> Path:
+    """RUN/debug/iteration_NNNNNN of a 0-based iteration, of rank R > 0 iteration_NNNNNN_rankR."""
+    return config.run.output / BUNDLES / (f"iteration_{iteration + 1:06d}" + f"_rank{rank}" * (rank > 0))
+
+
 def write_bundle(config: Config, iteration: int, error: NonFiniteError, batch: PromptBatch, rank: int = 0) -> Path:
-    """Write RUN/debug/iteration_NNNNNN (1-based, of rank R > 0 iteration_NNNNNN_rankR) under a temporary name, and
-    rename it.
+    """Write a bundle under a temporary name, and rename it.
 
     Args:
         config: of the run.
@@ -175,9 +182,8 @@ def write_bundle(config: Config, iteration: int, error: NonFiniteError, batch: P
     Returns:
         The folder.
     """
-    name = f"{iteration + 1:06d}" + f"_rank{rank}" * (rank > 0)
-    folder = config.run.output / BUNDLES / f"iteration_{name}"
-    partial = folder.with_name(f"partial_{name}")
+    folder = bundle_folder(config, iteration, rank)
+    partial = folder.with_name(folder.name.replace("iteration", "partial"))
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     found, bad = error.evidence, ~torch.isfinite(error.tensor)

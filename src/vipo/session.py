@@ -139,7 +139,7 @@ class Session:
         config = self.config
         if not self.ranks.main:
             if config.parallel.shard:
-                gather_state(self.policy, self.optimizer)
+                gather_state(self.policy, self.optimizer, self.ema)
             self.ranks.barrier()
             return
         facts = {

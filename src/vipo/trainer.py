@@ -16,7 +16,7 @@ from torch import Tensor
 from .advantages import mixed_pixel_advantages, pixel_advantages
 from .build import make_policy as make_policy
 from .config import Config
-from .distributed import start, whole
+from .distributed import local, start, whole
 from .ema import WeightAverage
 from .fitting import Fit, OutOfMemory, advice, find_micro_batch, larger_knobs, waiting_bytes, within_memory
 from .losses import LossStats, policy_loss
@@ -36,7 +36,7 @@ from .runlog import PhaseClock, read_metrics
 from .safety import NonFiniteGuard, evidence, require_finite_gradients, undone_if_not_finite
 from .schedule import learning_rate
 from .session import Resume, Session
-from .types import Experience, PromptBatch, Trajectory, require_finite
+from .types import Experience, NonFiniteError, PromptBatch, Trajectory, require_finite
 from .watch import Watch
 
 _NOT_MEANS = {"sums": ("constant",), "maxima": ("max",)}
@@ -72,8 +72,6 @@ class Trainer:
             torch.set_num_threads(config.run.threads)
         self.prompts = read_prompts(config.prompts.path)
         self.ranks = start(device=config.model.device, timeout=config.parallel.timeout, context=config.parallel.context)
-        if self.ranks.world > 1 and config.optimizer.skip_nonfinite:
-            raise ValueError("optimizer.skip_nonfinite: with several ranks only 0: they cannot skip each for itself")
         if self.ranks.world == 1 and config.parallel.shard:
             raise ValueError("parallel.shard: one process has nobody to share with; start with torchrun, or set false")
         seed_all(config.run.seed)  # the adapter's initial weights
@@ -86,7 +84,8 @@ class Trainer:
         if reward is not None and len(weights) > 1:
             raise ValueError(f"reward: one object was given for several names: {', '.join(weights)}; name one")
         given = None if reward is None else dict.fromkeys(weights, reward)
-        rewards = given or load_rewards(list(weights), waits, config.reward.paths, config.reward.options)
+        shared: dict[Any, Any] = {}  # models that held-out rewards use too
+        rewards = given or load_rewards(list(weights), waits, config.reward.paths, config.reward.options, shared)
         self.reward = RewardMixture(rewards, weights)
         self.map_source = MapSource(config.map, waits, psm=psm)
         own = config.reward_maps
@@ -105,11 +104,12 @@ class Trainer:
         self.ema = WeightAverage(self.parameters, config.optimizer.ema) if config.optimizer.ema else None
         self.iteration = 0
         self.frames = self.maps = torch.empty(0)
-        self.watch = Watch(config, self.policy, self.reward.rewards, self.map_source, write=self.ranks.main)
+        self.watch = Watch(config, self.policy, self.reward.rewards, self.map_source, ranks=self.ranks, shared=shared)
         self.rollouts = Rollouts(config, self.prompts, self.policy, self.reward, self.ranks)
         self._auto = config.sampling.micro_batch == "auto"
         if self._auto:
-            fit = self.fit(self.rollouts.share)
+            with self.ranks.guard():
+                fit = self.fit(self.rollouts.share)
             if fit.micro_batch == 0:
                 knobs = larger_knobs(config, self.policy.device)
                 raise OutOfMemory(f"sampling.micro_batch=auto: not even one sample fits ({fit}); what helps: {knobs}")
@@ -192,7 +192,7 @@ class Trainer:
         """
         clock = PhaseClock(self.policy.device)
         found = self.experience(iteration, clock)
-        with clock("map"), evidence(found=found):
+        with clock("map"), self.ranks.together(), evidence(found=found):
             made = self.maps_of(found, iteration, self.reward_maps)
         maps = [part[0] for part in made] if self.reward_maps else made
         rate = learning_rate(self.config.optimizer, iteration, self.config.run.iterations)
@@ -231,12 +231,13 @@ class Trainer:
 
         Unless `alone`, all ranks must ask, and find the same.
         """
-        trained = sum(p.nbytes for p in self.parameters)
+        trained = sum(local(p.detach()).nbytes for p in self.parameters)
         later = trained * (1 if self.optimizer.state else 3)  # a gradient, and moments that are not there yet
         device = self.policy.device
         agree = float if alone else self.ranks.largest
         samples = samples or self.rollouts.share
-        return find_micro_batch(self.try_micro_batch, samples, device, later=later, most=most, agree=agree)
+        once = self.config.parallel.in_step
+        return find_micro_batch(self.try_micro_batch, samples, device, later=later, most=most, agree=agree, once=once)
 
     def try_micro_batch(self, size: int) -> float:
         """Sample, decode and replay a step of `size` samples with its gradient, and forget it: no weight changes.
@@ -341,7 +342,8 @@ class Trainer:
             totals: the statistics of every loss are appended.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        rows = iter([row for part in self.pixel_advantages(found, maps) for row in part])
+        with self.ranks.together():
+            rows = iter([row for part in self.pixel_advantages(found, maps) for row in part])
         samples = len(found.advantages)
         scale = self.ranks.world if self.config.parallel.shard else 1  # shards are averaged over the ranks
         parts = []
@@ -351,10 +353,14 @@ class Trainer:
             parts.append((traj, part))
         checked = torch.stack(totals.pop("checked"))
         bad = not bool(torch.isfinite(checked).all())  # asked once: it waits for the device
-        if self.ranks.any(bad) if self.config.parallel.in_step else bad:  # all must replay
-            for traj, part in parts:
-                self._accumulate(traj, part, steps, weight=0.0, totals=defaultdict(list), look=True)
-            require_finite("loss", checked)
+        with self.ranks.together():
+            if self.ranks.any(bad) if self.config.parallel.in_step else bad:  # all must replay
+                seen: list[NonFiniteError] = []
+                for traj, part in parts:
+                    self._accumulate(traj, part, steps, weight=0.0, totals=defaultdict(list), seen=seen)
+                for error in seen[:1]:
+                    raise error
+                require_finite("loss", checked)
         self.ranks.sum_gradients(self.parameters)
 
     def pixel_advantages(self, found: Experience, maps: Sequence[Tensor]) -> list[Tensor]:
@@ -373,11 +379,12 @@ class Trainer:
         *,
         weight: float,
         totals: defaultdict[str, list[Tensor]],
-        look: bool = False,
+        seen: list[NonFiniteError] | None = None,
     ) -> None:
         """Add the gradient of one micro-batch: one backward per step, so one step's graph is in memory.
 
-        What is not finite is noted for `accumulate`; with `look` the first such tensor raises NonFiniteError.
+        What is not finite is noted for `accumulate`. The first such tensor is put into `seen`, where it is given; the
+        replay goes on, for other ranks may wait for its weights.
         """
         settings = self.config.loss
         with_kl = settings.kl_beta > 0
@@ -396,10 +403,13 @@ class Trainer:
                 totals["kl"].append(kl.detach().mean())
             finite = torch.isfinite(log_probs.detach()).all()
             totals["checked"].append(torch.where(finite, loss.detach(), torch.nan))
-            if look:
-                with evidence(step=k, log_probs=log_probs, trajectory=traj, advantages=advantages):
-                    require_finite(f"log-prob of step {k}", log_probs, traj.prompts)
-                    require_finite(f"loss of step {k}", loss)
+            if seen is not None and not seen:
+                try:
+                    with evidence(step=k, log_probs=log_probs, trajectory=traj, advantages=advantages):
+                        require_finite(f"log-prob of step {k}", log_probs, traj.prompts)
+                        require_finite(f"loss of step {k}", loss)
+                except NonFiniteError as error:
+                    seen.append(error)
             (loss * weight).backward()
             totals["loss"].append(loss.detach())
             for name in LossStats._fields:

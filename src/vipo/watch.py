@@ -17,6 +17,7 @@ import numpy as np
 
 from .checkpoint import list_checkpoints
 from .config import Config
+from .distributed import Ranks
 from .evaluation import compare_groups
 from .files import write_atomically
 from .held_out import Evaluation, HeldOut, discard_after
@@ -183,7 +184,8 @@ class Watch:
         policy: whose weights are watched.
         trained: rewards that are trained on, by name.
         source: the run's maps.
-        write: whether this process writes the files and may end the run.
+        ranks: all processes of the run; rank 0 alone writes the files and may end the run.
+        shared: models of the rewards that are trained on.
 
     Attributes:
         warnings: those of this run so far.
@@ -196,17 +198,19 @@ class Watch:
         trained: Mapping[str, Reward],
         source: MapSource,
         *,
-        write: bool = True,
+        ranks: Ranks | None = None,
+        shared: dict[Any, Any] | None = None,
     ) -> None:
-        self.config, self.write = config, write
-        self.held_out = HeldOut(config, policy, trained, source) if config.watch.every else None
+        self.config, self.write = config, ranks is None or ranks.main
+        every = config.watch.every
+        self.held_out = HeldOut(config, policy, trained, source, ranks=ranks, shared=shared) if every else None
         self.warnings: list[WatchWarning] = []
         self._lines: list[dict[str, Any]] = []
         self._base: Evaluation | None = None
 
     @property
     def stops(self) -> bool:
-        """Whether the run is to end here; only the rank that writes says so: what others measure may differ."""
+        """Whether the run is to end here; only the rank that writes says so, and the others ask it."""
         return self.write and self.config.watch.stop and any(warning.kind == HACKING for warning in self.warnings)
 
     def begin(self, folder: Path, iteration: int) -> None:
@@ -273,7 +277,8 @@ class Watch:
             *constant_groups(lines, watch.constant_groups, self.config.prompts.per_iteration),
             *kl_growth(lines, watch.kl),
         ]
-        return [replace(warning, clean=max(0, len(self._lines) - WINDOW)) for warning in found]
+        trained = [i for i, line in enumerate(self._lines) if "skipped" not in line][-WINDOW:]
+        return [replace(warning, clean=trained[0]) for warning in found]  # as many iterations came before these
 
     def _by_evaluation(self, now: Evaluation) -> list[WatchWarning]:
         assert self._base is not None

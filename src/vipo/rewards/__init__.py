@@ -180,9 +180,13 @@ def load_rewards(
     device: torch.device | str,
     paths: Mapping[str, str],
     options: Mapping[str, Mapping[str, Any]],
+    shared: dict[Any, Any] | None = None,
 ) -> dict[str, Reward]:
-    """Load the rewards of a run by name; those of one model (videoalign_vq, videoalign_mq) share it."""
-    shared: dict[Any, Any] = {}
+    """Load the rewards of a run by name; those of one model (videoalign_vq, videoalign_mq) share it.
+
+    With `shared`, as `load_reward` has it, they share it also with those of an earlier call.
+    """
+    shared = {} if shared is None else shared
     return {
         name: load_reward(name, device, path=paths.get(name), options=options.get(name), shared=shared)
         for name in names
