@@ -41,6 +41,7 @@ LAYERS = [
         "rng",
         "ema",
         "schedule",
+        "optimizer",
         "changes",
     },
     {"scheduler", "pipelines", "rewards", "maps", "reward_maps", "pictures"},

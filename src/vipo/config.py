@@ -273,6 +273,8 @@ class OptimizerConfig(Section):
     """The ViPO paper: 1e-5 (full weights); LoRA wants about 30 times more."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """AdamW's. The ViPO paper: 1e-4."""
+    state: Literal["float32", "8bit"] = "float32"
+    """AdamW's moments: 8 bytes per weight, or 2 (needs bitsandbytes), see docs/performance.md."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """The gradient is scaled down to this norm."""
     skip_nonfinite: Annotated[int, Field(ge=0)] = 0

@@ -22,6 +22,7 @@ from .fitting import Fit, OutOfMemory, advice, find_micro_batch, larger_knobs, w
 from .losses import LossStats, policy_loss
 from .maps import MapSource, mean_statistics
 from .offload import visiting
+from .optimizer import make_optimizer, moment_bytes
 from .policy import DiffusersPolicy
 from .prompts import read_prompts
 from .psm import PerceptualStructuring
@@ -99,9 +100,7 @@ class Trainer:
             self.ranks.replicate(self.parameters)
         if config.loss.kl_beta > 0:
             self.policy.keep_reference()
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay
-        )
+        self.optimizer = make_optimizer(self.parameters, config.optimizer, sharded=config.parallel.shard)
         self.ema = WeightAverage(self.parameters, config.optimizer.ema) if config.optimizer.ema else None
         self.iteration = 0
         self.frames = self.maps = torch.empty(0)
@@ -232,7 +231,8 @@ class Trainer:
         Unless `alone`, all ranks must ask, and find the same.
         """
         trained = sum(p.nbytes for p in self.parameters)
-        later = trained * (1 if self.optimizer.state else 3)  # a gradient, and moments that are not there yet
+        moments = moment_bytes(self.parameters, self.config.optimizer.state)
+        later = trained + (0 if self.optimizer.state else moments)  # a gradient, and moments that are not there yet
         device = self.policy.device
         agree = float if alone else self.ranks.largest
         samples = samples or self.rollouts.share
