@@ -169,7 +169,7 @@ class RewardConfig(Section):
     maps: dict[str, dict[str, Any]] = {}
     """By reward: changes of the map section for its own advantage, as {nano_mq: {motion: difference}}."""
     asynchronous: bool = Field(default=False, alias="async")
-    """Score each micro-batch in a thread of its own while the next is sampled; same results. Needs micro_batch."""
+    """Score each micro-batch and make its maps in a thread while the next is sampled; same bits. Needs micro_batch."""
     std: Literal["population", "sample"] = "population"
     """Divisor of the group's standard deviation: G or G - 1."""
     advantage_clip: Annotated[float, Field(gt=0)] | None = 5.0

@@ -105,7 +105,8 @@ class Trainer:
         self.iteration = 0
         self.frames = self.maps = torch.empty(0)
         self.watch = Watch(config, self.policy, self.reward.rewards, self.map_source, write=self.ranks.main)
-        self.rollouts = Rollouts(config, self.prompts, self.policy, self.reward, self.ranks)
+        early = functools.partial(self.allocation_maps, source=self.reward_maps)
+        self.rollouts = Rollouts(config, self.prompts, self.policy, self.reward, self.ranks, early)
         self._auto = config.sampling.micro_batch == "auto"
         if self._auto:
             fit = self.fit(self.rollouts.share)
@@ -266,23 +267,32 @@ class Trainer:
         return advice(self.config, self.policy.device, fit, min(self.micro_batch, self.rollouts.share))
 
     def maps_of(self, found: Experience, iteration: int, source: MapSource | RewardMaps | None = None) -> list[Tensor]:
-        """Make the maps of every bucket, by the map section's source or another."""
+        """Make the maps of every bucket, by the map section's source or another, in the rollout's micro-batches."""
+        if found.maps is not None and source is self.reward_maps:
+            return found.maps
         source = source or self.map_source
-        firsts = itertools.accumulate((len(b.frames) for b in found.buckets), initial=found.own.start)
+        sizes = iter([len(traj) for traj in found.trajectories])
+        first, maps = found.own.start, []
         with visiting([source.backbone], self.policy.device, self.config.model.offload):
-            return [
-                self.allocation_maps(
-                    b.frames,
-                    b.prompts,
-                    b.grid,
-                    iteration=iteration,
-                    credit=credit,
-                    source=source,
-                    of=len(found.kept),
-                    first=first,
-                )
-                for b, credit, first in zip(found.buckets, found.credits, firsts, strict=False)
-            ]
+            for bucket, credit in zip(found.buckets, found.credits, strict=True):
+                parts, start = [], 0
+                while start < len(bucket.frames):
+                    part = slice(start, start + next(sizes))
+                    made = self.allocation_maps(
+                        bucket.frames[part],
+                        bucket.prompts[part],
+                        bucket.grid,
+                        iteration=iteration,
+                        credit=None if credit is None else credit[part],
+                        source=source,
+                        of=len(found.kept),
+                        first=first + start,
+                    )
+                    parts.append(made)
+                    start = part.stop
+                maps.append(torch.cat(parts, -4))
+                first += start
+        return maps
 
     def allocation_maps(
         self,
