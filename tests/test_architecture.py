@@ -43,6 +43,7 @@ LAYERS = [
         "rng",
         "ema",
         "schedule",
+        "optimizer",
         "changes",
     },
     {"scheduler", "pipelines", "rewards", "maps", "reward_maps", "pictures"},

@@ -4,11 +4,13 @@ import threading
 
 import pytest
 import torch
-from test_trainer import brightness, make, numbers, weights
+from test_trainer import brightness, colour_backbone, make, numbers, weights
 
 from vipo.cli import main
-from vipo.config import Config
+from vipo.config import Config, MapConfig
+from vipo.maps import MapSource
 from vipo.rewards.mixture import RewardMixture
+from vipo.runlog import PhaseClock
 
 WAIT = 60
 """Seconds until a test gives up on a thread: a bound, never a measurement."""
@@ -84,6 +86,81 @@ def test_the_next_micro_batch_is_sampled_while_the_reward_is_computed(tmp_path):
     trainer.policy.rollout = second_meets_the_reward
     metrics = trainer.step(0)
     assert len(calls) == 2 and metrics["seconds_reward"] >= 0
+
+
+def test_the_next_micro_batch_is_sampled_while_the_map_is_made(tmp_path):
+    making, sampling = threading.Event(), threading.Event()
+
+    def backbone(frames):
+        assert threading.current_thread().name.startswith("reward")
+        making.set()
+        assert sampling.wait(WAIT), "the second rollout waits for the first map"
+        return colour_backbone(frames)
+
+    trainer = make(tmp_path, backbone=backbone, **THREES)
+    rollout, calls = trainer.policy.rollout, []
+
+    def second_meets_the_map(*args, **keywords):
+        calls.append(None)
+        if len(calls) == 2:
+            sampling.set()
+            assert making.wait(WAIT), "the map waits for the end of the rollout"
+        return rollout(*args, **keywords)
+
+    trainer.policy.rollout = second_meets_the_map
+    metrics = trainer.step(0)
+    assert len(calls) == 2 and metrics["map_constant"] == 0
+
+
+def mixing_backbone(frames):
+    """Features that depend on the whole batch: the same bits need the same micro-batches."""
+    return colour_backbone(frames) + frames.mean()
+
+
+MOVING = {"name": {"redness": 1.0, "test_background:contrast": 1.0}, "rewards": {"maps": {"redness": {"floor": 0.2}}}}
+
+
+@pytest.mark.parametrize(("control", "several"), [(None, MOVING), ("shuffled", {}), ("random", MOVING)])
+def test_maps_made_beside_the_rollout_are_the_same_bit_for_bit(tmp_path, control, several):
+    """Of groups and calls of two sizes, so of two buckets, with controls drawn over all samples."""
+    lines = ['{"prompt": "a red cat"}', '{"prompt": "two dogs", "height": 48}', '{"prompt": "a green house"}']
+    (tmp_path / "sizes.jsonl").write_text("\n".join(lines))
+    prompts = {"path": str(tmp_path / "sizes.jsonl"), "per_iteration": 3, "group_size": 3}
+    sections = {"sampling": {"micro_batch": 2, "num_inference_steps": 2}, "map": {"control": control}}
+    made = []
+    for flag in (False, True):
+        rewards = {**several.get("rewards", {}), "async": flag}
+        trainer = make(
+            tmp_path, backbone=mixing_backbone, name=several.get("name", "nano"), prompts=prompts, rewards=rewards,
+            reward=None if several else brightness, **sections,
+        )  # fmt: skip
+        found = trainer.experience(0, PhaseClock(trainer.policy.device))
+        assert (found.maps is not None) == flag
+        made.append(trainer.maps_of(found, 0, trainer.reward_maps))
+    assert len({part.shape for part in made[0]}) > 1 and made[0][0].std() > 0
+    assert all(torch.equal(after, beside) for after, beside in zip(*made, strict=True))
+
+
+def test_other_maps_than_the_runs_are_made_when_asked_for(tmp_path):
+    trainer = make(tmp_path, **THREES)
+    found = trainer.experience(0, PhaseClock(trainer.policy.device))
+    ours = trainer.maps_of(found, 0)
+    ones = trainer.maps_of(found, 0, MapSource(MapConfig(control="ones")))
+    assert torch.equal(ours[0], found.maps[0]) and not torch.equal(ones[0], ours[0]) and ones[0].std() == 0
+
+
+@pytest.mark.parametrize("options", [{"on_failure": "drop"}, {"model": {"offload": "idle"}}])
+def test_maps_wait_where_a_sample_may_be_dropped_or_the_backbone_is_away(tmp_path, options):
+    trainer = make(tmp_path, **THREES, **options)
+    assert trainer.experience(0, PhaseClock(trainer.policy.device)).maps is None
+
+
+def test_frames_that_are_not_finite_are_named_before_the_backbone_sees_them(tmp_path):
+    trainer = make(tmp_path, reward=lambda frames, prompts: torch.zeros(len(frames)), **THREES)
+    decode = trainer.policy.decode
+    trainer.policy.decode = lambda traj: decode(traj) * float("nan")
+    with pytest.raises(FloatingPointError, match="decoded frames is not finite"):
+        trainer.step(0)
 
 
 def test_a_failing_reward_stops_the_rollout_with_its_own_error(tmp_path):

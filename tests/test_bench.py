@@ -10,11 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import extras
 import memory as script
 import options
 import pytest
 import torch
 from peft import LoraConfig
+from step import QUICK
+from step_work import make_trainer
 from tiny_pipelines import MODELS, build
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -250,3 +253,20 @@ def test_options_are_compared_in_turns(monkeypatch):
     assert list(found) == ["shared", "apart", "largest difference"] and found["largest difference"] < 1e-4
     assert options.recorded("nano")["three trained"] < 0.5 * options.recorded("nano")["all"]
     assert set(options.unconditional("nano_video")) == {"frozen", "trained"}
+
+
+def test_the_bench_of_compiled_blocks_fills_its_rows(monkeypatch):
+    monkeypatch.setattr(extras, "REPEATS", 1)
+    rows = [row.split(" | ") for row in extras.compiled("tiny", lambda compiled: make_trainer(QUICK))]
+    assert [row[0] for row in rows] == ["| tiny, rollout", "| tiny, update"]
+    assert all(float(row[3]) > 0 and row[5:] == ["0e+00", "0e+00 |"] for row in rows)
+
+
+def test_the_bench_of_moments_counts_every_tensor_once():
+    weight = torch.nn.Parameter(torch.ones(10))
+    weight.grad = torch.ones(10)
+    optimizer = torch.optim.AdamW([weight])
+    optimizer.step()
+    entry = optimizer.state[weight]
+    entry["again"] = entry["exp_avg"]
+    assert extras.state_bytes(optimizer) == 2 * 40 + 4

@@ -12,6 +12,7 @@ from torch import nn
 from vipo import Config, DiffusersPolicy, memory
 from vipo.memory.ranks import blocks, per_rank, traffic
 from vipo.nano import assets_path
+from vipo.optimizer import moment_bytes
 
 HELD = {
     "denoiser": 1000,
@@ -133,3 +134,15 @@ def test_what_cannot_be_sized_is_one_line(tmp_path):
     refused({"model": {"path": str(folder)}}, "has SanaTransformer2DModel; it knows pipelines with a vae and one")
     with pytest.raises(ValueError, match="--ranks: expected at least 2, got 1"):
         memory.report(Config(), 1, shard=True)
+
+
+@pytest.mark.parametrize("state", ["float32", "8bit"])
+def test_the_moments_of_full_weights(tmp_path, state):
+    build("sd15").save_pretrained(tmp_path / "whole")
+    model = {"path": str(configs_only(tmp_path / "whole", tmp_path / "configs")), "train": "full"}
+    sections = {"sampling": {"height": 64, "width": 64}, "map": {"control": "ones"}, "optimizer": {"state": state}}
+    config = Config.from_mapping({"model": model, "prompts": {"per_iteration": 1, "group_size": 2}, **sections})
+    found = memory.measure(config, memory.find_model(config))["bytes"]["trained"]
+    weights = list(build("sd15").unet.parameters())
+    assert found["weights"] == sum(p.nbytes for p in weights) and found["adamw"] == moment_bytes(weights, state)
+    assert (found["adamw"] < 2 * found["weights"]) == (state == "8bit")

@@ -58,11 +58,11 @@ def test_the_motion_reward_is_spread_by_the_motion_map(trainer):
     handle = trainer.map_source.backbone.register_forward_hook(lambda *_: forwards.append(None))
     made = trainer.maps_of(found, 0, trainer.reward_maps)
     handle.remove()
-    assert len(forwards) == len(made) == 1 and len(trainer.reward_maps.backbone) == 1
-    (bucket,) = found.buckets
+    assert len(forwards) == len(found.trajectories) == 2  # one per micro-batch, not one per map
+    assert len(made) == len(found.buckets) == len(trainer.reward_maps.backbone) == 1
     maps = trainer.maps_of(found, 0)
     moving = MapSource(trainer.config.map.changed({"motion": "difference"}))
-    moving = [trainer.allocation_maps(bucket.frames, bucket.prompts, bucket.grid, iteration=0, source=moving)]
+    moving = trainer.maps_of(found, 0, moving)
     assert torch.equal(made[0], torch.stack([maps[0], maps[0], moving[0]]))
 
     mixed, shared = policy_gradient(trainer, found, made), policy_gradient(trainer, found._replace(terms=None), maps)

@@ -18,6 +18,7 @@ import json
 import logging
 import re
 import shutil
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from .distributed import shard_like, whole
 from .ema import WeightAverage
 from .files import sync_folder, writing
 from .manifest import fault, seal
+from .optimizer import restored_state, saved_moments
 from .policy import DiffusersPolicy
 from .rng import rng_state, set_rng_state
 from .runlog import CONFIG
@@ -103,11 +105,11 @@ def _write(
             tensors[f"weight.{name}"] = whole(parameter.detach()).contiguous()
             if ema is not None:
                 tensors[f"ema.{name}"] = whole(ema.values[i]).contiguous()
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if key == "step":
-                counts[name] = float(whole(value))
-            else:
-                tensors[f"optimizer.{key}.{name}"] = whole(value).contiguous()
+        entry = optimizer.state.get(parameter, {})
+        if entry:
+            counts[name] = float(whole(entry["step"]))
+        for key, value in saved_moments(entry).items():
+            tensors[f"optimizer.{key}.{name}"] = whole(value).contiguous()
     save_file(tensors, folder / TENSORS)
     state = {"iteration": iteration, "optimizer_steps": counts, "generators": generators, **facts, **versions()}
     (folder / STATE).write_text(json.dumps(state, allow_nan=False) + "\n", encoding="utf-8")
@@ -224,7 +226,7 @@ def load_checkpoint(
     Where the checkpoint has no average, a new one begins at its weights.
 
     Raises:
-        ValueError: the checkpoint is of another model or adapter.
+        ValueError: the checkpoint is of another model or adapter, or its moments of another precision.
     """
     state, tensors = read_state(checkpoint), load_file(checkpoint / TENSORS)
     parameters = policy.trainable_parameters()
@@ -234,14 +236,17 @@ def load_checkpoint(
         raise ValueError(
             f"--resume: checkpoint {checkpoint} is of another model or adapter (e.g. {(missing or ['shapes'])[0]})"
         )
+    saved: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, moment, name = key.split(".", 2)
+            saved[name][moment] = value
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(shard_like(weights[name], parameter))
             if name in state["optimizer_steps"]:
-                entry: dict[str, Tensor] = {"step": torch.tensor(state["optimizer_steps"][name])}
-                for key in ("exp_avg", "exp_avg_sq"):
-                    entry[key] = shard_like(tensors[f"optimizer.{key}.{name}"], parameter)
-                optimizer.state[parameter] = entry
+                moments = {key: shard_like(value, parameter) for key, value in saved[name].items()}
+                optimizer.state[parameter] = restored_state(optimizer, state["optimizer_steps"][name], moments)
     if ema is not None:
         averaged = (checkpoint / "weights_ema").is_dir()
         values = _weights(checkpoint, "weights_ema", "ema.", policy, tensors) if averaged else weights

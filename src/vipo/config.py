@@ -170,7 +170,7 @@ class RewardConfig(Section):
     maps: dict[str, dict[str, Any]] = {}
     """By reward: changes of the map section for its own advantage, as {nano_mq: {motion: difference}}."""
     asynchronous: bool = Field(default=False, alias="async")
-    """Score each micro-batch in a thread of its own while the next is sampled; same results. Needs micro_batch."""
+    """Score each micro-batch and make its maps in a thread while the next is sampled; same bits. Needs micro_batch."""
     std: Literal["population", "sample"] = "population"
     """Divisor of the group's standard deviation: G or G - 1."""
     advantage_clip: Annotated[float, Field(gt=0)] | None = 5.0
@@ -274,6 +274,8 @@ class OptimizerConfig(Section):
     """The ViPO paper: 1e-5 (full weights); LoRA wants about 30 times more."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """AdamW's. The ViPO paper: 1e-4."""
+    state: Literal["float32", "8bit"] = "float32"
+    """AdamW's moments: 8 bytes per weight, or 2 (needs bitsandbytes), see docs/performance.md."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """The gradient is scaled down to this norm."""
     skip_nonfinite: Annotated[int, Field(ge=0)] = 0

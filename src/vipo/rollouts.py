@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ class Rollouts:
         policy: samples.
         reward: scores.
         ranks: all processes of the run; each makes its share.
+        make_maps: of frames (n, F, 3, Y, X), prompts and a grid, see `Trainer.allocation_maps`; called beside the
+            rollout with `reward.async`, where frames and scores are all that is needed and nothing is offloaded.
 
     Attributes:
         share: samples of an iteration on this rank.
@@ -40,13 +43,22 @@ class Rollouts:
     """
 
     def __init__(
-        self, config: Config, prompts: Sequence[Prompt], policy: DiffusersPolicy, reward: RewardMixture, ranks: Ranks
+        self,
+        config: Config,
+        prompts: Sequence[Prompt],
+        policy: DiffusersPolicy,
+        reward: RewardMixture,
+        ranks: Ranks,
+        make_maps: Callable[..., Tensor],
     ) -> None:
         self.config, self.prompts, self.policy, self.reward, self.ranks = config, prompts, policy, reward, ranks
         overlap = config.reward.asynchronous
         self.scoring = Background(policy.device, config.model.offload) if overlap else afterwards
+        # a dropped sample may not be finite, and a backbone that waits on the CPU would be there during the rollout
+        self.early = overlap and config.reward.on_failure == "stop" and config.model.offload == "none"
+        self.make_maps = make_maps
         own = ranks.share(config.num_samples)
-        self.share = own.stop - own.start
+        self.first, self.share = own.start, own.stop - own.start
         self.micro_batch = config.sampling.given_micro_batch or self.share
 
     def batch(self, iteration: int) -> PromptBatch:
@@ -74,8 +86,13 @@ class Rollouts:
                     for bucket in buckets:
                         require_finite("decoded frames", bucket.frames, bucket.prompts)
             frames = {f"frames.{i}": bucket.frames for i, bucket in enumerate(buckets)}
-            with clock("reward"), visiting(self.reward.rewards.values(), self.policy.device, offload):
-                scores = scoring.scores([len(bucket.frames) for bucket in buckets])
+            with (
+                clock("reward"),
+                evidence(**frames),
+                visiting(self.reward.rewards.values(), self.policy.device, offload),
+            ):
+                scored = scoring.scores([len(bucket.frames) for bucket in buckets])
+        scores = [found.scores for found in scored]
         rewards = self.ranks.gather_samples(torch.cat([found.rewards for found in scores], 1))
         with evidence(**frames):
             kept = self.reward.keep(
@@ -104,7 +121,11 @@ class Rollouts:
         if config.reward.on_failure == "drop":  # a dropped sample may itself not be finite, which no backbone takes
             for bucket, part in zip(buckets, parts, strict=True):
                 bucket.frames[~part] = bucket.frames[~part].nan_to_num(0.0, 0.0, 0.0)
-        return Experience([traj for traj, _ in decoded], plan, buckets, credits, rewards, kept, advantages, terms, own)
+        made = [found.maps for found in scored if found.maps is not None]
+        trajectories = [traj for traj, _ in decoded]
+        return Experience(
+            trajectories, plan, buckets, credits, rewards, kept, advantages, terms, own, made if self.early else None
+        )
 
     def sample(
         self, batch: PromptBatch, iteration: int, scoring: Scoring
@@ -142,11 +163,26 @@ class Rollouts:
                     **{**sampling.pipeline_call, **batch.entries[run[0]].call},
                 )
             frames = self.policy.decode(traj)
-            scoring.ask(frames, traj.prompts)
+            maps = partial(self._maps, frames, traj.prompts, traj.latent_shape[1:], iteration, self.first + run[0])
+            scoring.ask(frames, traj.prompts, maps if self.early else None)
             plan = plan or self._choose_steps(traj, iteration)
             traj.keep([k for steps in plan for k in steps])
             decoded.append((traj.to("cpu") if sampling.store_on_cpu else traj, frames))
         return decoded, plan
+
+    def _maps(
+        self,
+        frames: Tensor,
+        prompts: Sequence[str],
+        grid: tuple[int, int, int],
+        iteration: int,
+        first: int,
+        credit: Tensor | None,
+    ) -> Tensor:
+        """Make the maps of a micro-batch, that begins with sample `first` of all, as soon as it is scored."""
+        require_finite("decoded frames", frames, prompts)  # the rollout's own check comes later, a backbone's is vaguer
+        frames, of = frames.contiguous(), self.config.num_samples  # as in a bucket: sums depend on the order in memory
+        return self.make_maps(frames, prompts, grid, iteration=iteration, credit=credit, of=of, first=first)
 
     def _choose_steps(self, traj: Trajectory, iteration: int) -> list[list[int]]:
         """Draw the trained steps and deal them out to the updates, ascending within each."""
@@ -168,5 +204,5 @@ def _buckets(decoded: list[tuple[Trajectory, Tensor]]) -> list[Bucket]:
     for (_, grid), run in itertools.groupby(decoded, lambda pair: (pair[1].shape[1:], pair[0].latent_shape[1:])):
         pairs = list(run)
         prompts = [prompt for traj, _ in pairs for prompt in traj.prompts]
-        found.append(Bucket(torch.cat([frames for _, frames in pairs]), prompts, grid))
+        found.append(Bucket(torch.cat([frames for _, frames in pairs]).contiguous(), prompts, grid))
     return found

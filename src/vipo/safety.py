@@ -152,7 +152,7 @@ class NonFiniteGuard:
             for name, parameter in parameters.items():
                 require_finite(f"weight {name}", local(parameter))
                 for key, value in optimizer.state.get(parameter, {}).items():
-                    require_finite(f"{key} of {name}", local(value))
+                    require_finite(f"{key} of {name}", local(torch.as_tensor(value)))  # bitsandbytes counts in an int
         except NonFiniteError as error:
             raise FloatingPointError(self._record(iteration - 1, error)) from error
 

@@ -22,6 +22,7 @@ from .fitting import Fit, OutOfMemory, advice, find_micro_batch, larger_knobs, w
 from .losses import LossStats, policy_loss
 from .maps import MapSource, mean_statistics
 from .offload import visiting
+from .optimizer import make_optimizer, moment_bytes
 from .policy import DiffusersPolicy
 from .prompts import read_prompts
 from .psm import PerceptualStructuring
@@ -98,14 +99,13 @@ class Trainer:
             self.ranks.replicate(self.parameters)
         if config.loss.kl_beta > 0:
             self.policy.keep_reference()
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, config.optimizer.learning_rate, weight_decay=config.optimizer.weight_decay
-        )
+        self.optimizer = make_optimizer(self.parameters, config.optimizer, sharded=config.parallel.shard)
         self.ema = WeightAverage(self.parameters, config.optimizer.ema) if config.optimizer.ema else None
         self.iteration = 0
         self.frames = self.maps = torch.empty(0)
         self.watch = Watch(config, self.policy, self.reward.rewards, self.map_source, ranks=self.ranks, shared=shared)
-        self.rollouts = Rollouts(config, self.prompts, self.policy, self.reward, self.ranks)
+        early = functools.partial(self.allocation_maps, source=self.reward_maps)
+        self.rollouts = Rollouts(config, self.prompts, self.policy, self.reward, self.ranks, early)
         self._auto = config.sampling.micro_batch == "auto"
         if self._auto:
             with self.ranks.guard():
@@ -231,8 +231,10 @@ class Trainer:
 
         Unless `alone`, all ranks must ask, and find the same.
         """
-        trained = sum(local(p.detach()).nbytes for p in self.parameters)
-        later = trained * (1 if self.optimizer.state else 3)  # a gradient, and moments that are not there yet
+        own = [local(p.detach()) for p in self.parameters]
+        moments = moment_bytes(own, self.config.optimizer.state)
+        gradient = sum(p.nbytes for p in own)
+        later = gradient + (0 if self.optimizer.state else moments)  # a gradient, and moments that are not there yet
         device = self.policy.device
         agree = float if alone else self.ranks.largest
         samples = samples or self.rollouts.share
@@ -267,23 +269,32 @@ class Trainer:
         return advice(self.config, self.policy.device, fit, min(self.micro_batch, self.rollouts.share))
 
     def maps_of(self, found: Experience, iteration: int, source: MapSource | RewardMaps | None = None) -> list[Tensor]:
-        """Make the maps of every bucket, by the map section's source or another."""
+        """Make the maps of every bucket, by the map section's source or another, in the rollout's micro-batches."""
+        if found.maps is not None and source is self.reward_maps:
+            return found.maps
         source = source or self.map_source
-        firsts = itertools.accumulate((len(b.frames) for b in found.buckets), initial=found.own.start)
+        sizes = iter([len(traj) for traj in found.trajectories])
+        first, maps = found.own.start, []
         with visiting([source.backbone], self.policy.device, self.config.model.offload):
-            return [
-                self.allocation_maps(
-                    b.frames,
-                    b.prompts,
-                    b.grid,
-                    iteration=iteration,
-                    credit=credit,
-                    source=source,
-                    of=len(found.kept),
-                    first=first,
-                )
-                for b, credit, first in zip(found.buckets, found.credits, firsts, strict=False)
-            ]
+            for bucket, credit in zip(found.buckets, found.credits, strict=True):
+                parts, start = [], 0
+                while start < len(bucket.frames):
+                    part = slice(start, start + next(sizes))
+                    made = self.allocation_maps(
+                        bucket.frames[part],
+                        bucket.prompts[part],
+                        bucket.grid,
+                        iteration=iteration,
+                        credit=None if credit is None else credit[part],
+                        source=source,
+                        of=len(found.kept),
+                        first=first + start,
+                    )
+                    parts.append(made)
+                    start = part.stop
+                maps.append(torch.cat(parts, -4))
+                first += start
+        return maps
 
     def allocation_maps(
         self,

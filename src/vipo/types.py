@@ -198,7 +198,7 @@ class Bucket(NamedTuple):
 
 
 class Experience(NamedTuple):
-    """Sampled and scored groups, before any map.
+    """Sampled and scored groups.
 
     Attributes:
         trajectories: of this rank's micro-batches, with the trained steps only.
@@ -210,6 +210,7 @@ class Experience(NamedTuple):
         advantages: (N,), 0 where not kept.
         terms: w_r A_i^r, (R, N), whose sum over r the advantages are; None where all rewards have one map.
         own: which of the N samples are this rank's.
+        maps: per bucket, where they were made beside the rollout (`reward.async`); else None.
     """
 
     trajectories: list[Trajectory]
@@ -221,6 +222,7 @@ class Experience(NamedTuple):
     advantages: Tensor
     terms: Tensor | None = None
     own: slice = slice(None)
+    maps: list[Tensor] | None = None
 
 
 def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

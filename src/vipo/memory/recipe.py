@@ -16,6 +16,7 @@ from torch import nn
 
 from ..config import Config
 from ..maps import CONTENT_FREE
+from ..optimizer import moment_bytes
 from ..trainable import LORA_TARGETS
 from .live import decode_peak, replayed_step, step_flops, use_checkpointing
 from .published import Call, Latents, Model, Part
@@ -126,11 +127,12 @@ def measure(config: Config, model: Model) -> dict[str, Any]:
     forward, update = step_flops(denoiser, inputs, calls=calls, autocast=autocast)
     steps, kl = config.trained_steps, config.loss.kl_beta > 0
     trained = size(denoiser, trained=True)
+    moments = moment_bytes([p for p in denoiser.parameters() if p.requires_grad], config.optimizer.state)
     reference = trained if kl and config.model.train == "full" else 0  # its copy; an adapter needs none
     found = {
         "denoiser": size(denoiser) + reference,
         "idle": {"text encoders": sum(map(size, encoders.values()))} | {name: size(p) for name, p in others.items()},
-        "trained": {"weights": trained, "gradients": trained, "adamw": 2 * trained},
+        "trained": {"weights": trained, "gradients": trained, "adamw": moments},
         "recorded": recorded(config, model, sample, inputs, calls),
         "update": {"kept": kept, "peak": activations},
         "decode": decode_peak(vae, latents),
