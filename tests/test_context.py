@@ -37,7 +37,7 @@ def found(tmp_path_factory):
         clip("full_one", 1, FULL, KL),
         clip("full_saved", 2, FULL, KL, CONTEXT, iterations=1, mode="no"),
         clip("full_resumed", 1, FULL, KL, iterations=2, mode="resume", begun_by="full_saved"),
-        clip("nan_loss", 2, CONTEXT, bad_advantages=[1, 0]),
+        clip("nan_loss", 2, CONTEXT, bad=[["advantages", 1, 0]]),
         case("no_plan", 2, CONTEXT),
         clip("few_heads", 4, {"parallel": {"context": 4}}),
         clip("odd_tokens", 2, CONTEXT, {"sampling": {"height": 48, "width": 48, "call": {"num_frames": 1}}}),
