@@ -39,6 +39,7 @@ def make_policy(config: Config, *, trainable: bool = True, ranks: Ranks | None =
         shard=functools.partial(shard, cpu_offload=config.parallel.cpu_offload)
         if config.parallel.shard and ranks is not None
         else None,
+        allow_pickle=model.allow_pickle,
     )
     vae = {"tiling": model.vae_tiling, "slicing": model.vae_slicing, "channels_last": model.vae_channels_last}
     enable_vae(policy.pipeline, **vae)

@@ -90,7 +90,9 @@ class HeldOut:
         paths, options = config.reward.paths, config.reward.options
         with self._undisturbed():
             self.rewards = dict(trained) | load_rewards(watch.rewards, waits, paths, options)
-            self.backbone = source.backbone or make_psm(config.map, waits).backbone
+            self.backbone = (
+                source.backbone or make_psm(config.map, waits, allow_pickle=config.model.allow_pickle).backbone
+            )
         self._base_features: Tensor | None = None
 
     @property

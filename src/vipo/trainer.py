@@ -88,7 +88,7 @@ class Trainer:
         given = None if reward is None else dict.fromkeys(weights, reward)
         rewards = given or load_rewards(list(weights), waits, config.reward.paths, config.reward.options)
         self.reward = RewardMixture(rewards, weights)
-        self.map_source = MapSource(config.map, waits, psm=psm)
+        self.map_source = MapSource(config.map, waits, psm=psm, allow_pickle=config.model.allow_pickle)
         own = config.reward_maps
         self.reward_maps = RewardMaps(config.map, self.map_source, own, list(weights), waits) if own else None
         (self.reward_maps or self.map_source).check([prompt.text for prompt in self.prompts])
