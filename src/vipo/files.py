@@ -15,7 +15,7 @@ _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 def require_safetensors(what: str, folder: Path) -> None:
     """Raise ValueError for a folder whose weights are only in a format that can run code when it is loaded.
 
-    The flag that the message names makes them be read by torch.load(weights_only=True), which builds tensors alone.
+    The flag that the message names makes them be read with weights_only, which builds tensors alone.
     """
     files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
     unsafe = [path.name for path in files if path.suffix in _UNSAFE]

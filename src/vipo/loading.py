@@ -188,7 +188,7 @@ def load_pipeline(
     """Load a pipeline ("nano", "nano_video", a folder or a hub id) and the keywords its calls need.
 
     Weights are read from safetensors; with `allow_pickle` from .bin where there is nothing else. diffusers and
-    transformers read that by torch.load(weights_only=True): anything in it but tensors is an error, and is not run.
+    transformers read that with weights_only: anything in it but tensors is an error, and is not run.
 
     Raises:
         ValueError: there is no such folder or hub id, or it holds no pipeline.

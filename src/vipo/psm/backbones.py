@@ -147,7 +147,7 @@ class FrozenBackbone(torch.nn.Module):
             chunk: see `__init__`.
             dtype: see `__init__`.
             device: where the weights go; None = the CPU.
-            allow_pickle: read the tensors of a .bin where there is no safetensors (torch.load with weights_only).
+            allow_pickle: read the tensors of a .bin where there is no safetensors (with weights_only).
 
         Raises:
             ValueError: nothing loadable there, another model type, incomplete weights, or an option out of range.
