@@ -14,6 +14,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -31,6 +32,7 @@ from vipo.rng import seed_all
 
 ITERATIONS, EVENTS = 4, ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir")
 GATE, BLOCKED = Path("gate"), Path("blocked")
+ROOM = 2**26
 calls = 0
 
 
@@ -252,9 +254,56 @@ def disk(whole: dict) -> dict:
         Path("disk/checkpoints").chmod(0o755)
         found[f"{name}_left"] = sorted(path.name for path in Path("disk/checkpoints").iterdir())
         found[f"{name}_intact"] = {path: path.read_bytes() for path in kept.rglob("*") if path.is_file()} == before
-    found["resumed"] = Child("disk", "--resume").wait()
-    found["same"] = outcome("disk") == whole
+    found["not_mounted"] = mount_below(Path("disk/checkpoints"))
+    if found["not_mounted"]:
+        found["resumed"] = Child("disk", "--resume").wait()
+        found["same"] = outcome("disk") == whole
+        return found
+    try:
+        half = sum(-(-len(content) // 4096) * 4096 for content in before.values()) + size // 2
+        for name, room, starve in (("no_space", half, None), ("remounted", ROOM, remount_in_second_checkpoint)):
+            remount(Path("disk/checkpoints"), f"rw,size={room}")
+            child = Child("disk", "--resume", before=starve)
+            found[name], found[f"{name}_log"] = child.wait(), child.log.read_text()
+            found[f"{name}_left"] = sorted(path.name for path in Path("disk/checkpoints").iterdir())
+            found[f"{name}_intact"] = {path: path.read_bytes() for path in before} == before
+        remount(Path("disk/checkpoints"), f"rw,size={ROOM}")
+        found["resumed"] = Child("disk", "--resume").wait()
+        found["same"] = outcome("disk") == whole
+    finally:
+        subprocess.run(["umount", "disk/checkpoints"], check=True)
     return found
+
+
+def mount_below(folder: Path) -> str:
+    """Move a folder's content into a file system of its own there; returns why that cannot be done, or nothing."""
+    shutil.copytree(folder, "moved")
+    command = ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", folder]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        return str(error)
+    if done.returncode:
+        return done.stderr.strip() or f"mount ended with {done.returncode}"
+    shutil.copytree("moved", folder, dirs_exist_ok=True)
+    return ""
+
+
+def remount(folder: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", folder], check=True)
+
+
+def remount_in_second_checkpoint() -> None:
+    """Just before the second checkpoint its file system becomes read-only, as one with errors does."""
+
+    def hook(event, found):
+        if event == "os.mkdir" and str(found[0]).endswith("partial_000004"):
+            read_only, again = 1, 32
+            libc = ctypes.CDLL(None, use_errno=True)
+            failed = libc.mount(b"tmpfs", b"disk/checkpoints", b"tmpfs", read_only | again, None)
+            assert failed == 0, os.strerror(ctypes.get_errno())
+
+    sys.addaudithook(hook)
 
 
 def _die_in_second_checkpoint(event, found):

@@ -6,6 +6,7 @@ Each row is a command line, the files it finds, what the error says is wrong, an
 import hashlib
 import json
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -80,6 +81,10 @@ def truncated(part, name):
         (path / name).write_bytes((path / name).read_bytes()[:5000])
 
     return make
+
+
+PICKLED_CALL = pickle.dumps(print)
+"""What torch.load would call a function for, and with weights_only refuses."""
 
 
 def pickled(part, name, other):
@@ -257,6 +262,18 @@ ROWS = {
         "m/text_encoder has weights as .*bin only, which could run code",
         "tools/to_safetensors.py",
     ),
+    "model: pickle of a function call, allowed": train(
+        "model: {path: m, allow_pickle: true}",
+        "cannot load m: ",
+        "is the folder complete",
+        {
+            "m": copy_of("t2i", drop=["vae/diffusion_pytorch_model.safetensors"]),
+            "m/vae/diffusion_pytorch_model.bin": PICKLED_CALL,
+        },
+    ),
+    "model: allow_pickle that is no switch": train(
+        "model: {allow_pickle: weights}", "model.allow_pickle: .*weights", "expected|true or false|boolean"
+    ),
     "model: class that diffusers lacks": model(
         copy_of("t2i", _class_name="Nonesuch"), "cannot load m: .*Nonesuch", "is the folder complete"
     ),
@@ -385,6 +402,12 @@ ROWS = {
         "b has weights as .*bin only, which could run code",
         "tools/to_safetensors.py",
         {"b": pickled("backbone", "model.safetensors", "pytorch_model.bin")},
+    ),
+    "map: pickle of a function call, allowed": train(
+        "map: {backbone: b}\nmodel: {allow_pickle: true}",
+        "backbone 'b': weights not loadable",
+        "give a folder",
+        {"b": copy_of("backbone", drop=["model.safetensors"]), "b/pytorch_model.bin": PICKLED_CALL},
     ),
     "map: backbone with code of its own": train(
         "map: {backbone: b}",

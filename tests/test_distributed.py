@@ -220,6 +220,8 @@ def test_ranks_share_the_evaluations_of_the_watch(found, name):
 def test_rank_0_alone_ends_a_run_by_its_watch(found):
     assert [rank["iterations"] for rank in found["stop_0"]] == [1, 1]
     assert [rank["iterations"] for rank in found["stop_1"]] == [2, 2]
+    one, other = ([line["eval/kl"] for line in rank["metrics"]] for rank in found["stop_1"])
+    assert one == other and min(one) > 0  # each measures its own share, and all know the mean
 
 
 def test_what_is_not_finite_on_one_rank_is_named_there_and_ends_all(found):

@@ -89,6 +89,16 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(report, ca
     assert found["resumed"] == 0 and found["same"]
 
 
+@pytest.mark.parametrize(
+    ("cause", "words"), [("no_space", "No space left on device"), ("remounted", "Read-only file system")]
+)
+def test_a_file_system_that_is_full_or_turns_read_only_leaves_the_last_good_one(report, cause, words):
+    """A real one, mounted at the run's checkpoints; the first two causes above are a process's own limits."""
+    if report["disk"]["not_mounted"]:
+        pytest.skip(f"no file system can be mounted here: {report['disk']['not_mounted']}")
+    test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(report, cause, words)
+
+
 def restless(frames, prompts):
     """Draws from all global generators, and fails for one sample now and then."""
     noise = torch.rand(len(frames)) + torch.from_numpy(np.random.rand(len(frames))).float() + random.random()

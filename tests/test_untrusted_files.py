@@ -1,14 +1,19 @@
 """What comes from somebody else: files named in data files, weights, and code in model folders."""
 
 import json
+import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from vipo.cli import main
+from vipo.comparison.sides import fingerprint
 from vipo.files import path_below, require_safetensors
 from vipo.loading import load_pipeline
 from vipo.maps import MaskFile
@@ -83,8 +88,6 @@ def test_weights_that_could_run_code_are_named_with_the_tool_that_converts_them(
 
 
 def test_a_converted_backbone_loads(tmp_path, monkeypatch):
-    from safetensors.torch import load_file
-
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "tools")
     import to_safetensors
 
@@ -98,6 +101,105 @@ def test_a_converted_backbone_loads(tmp_path, monkeypatch):
     frames = torch.rand(1, 1, 3, 32, 32)
     nano = FrozenBackbone.from_pretrained("nano")
     assert torch.equal(FrozenBackbone.from_pretrained(tmp_path)(frames), nano(frames))
+
+
+class Evil:
+    """Pickles to a call of os.system that leaves a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.file}",)
+
+
+PIPELINE_WEIGHTS = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+
+
+def as_pickles(source, folder, parts, evil=None, zipped=True):
+    """Copy a model with the weights of `parts` as .bin; that of the part `evil` runs code where it is unpickled."""
+    shutil.copytree(source, folder)
+    for part, name in parts.items():
+        file = folder / part / f"{name}.safetensors"
+        found = load_file(file)
+        file.unlink()
+        if part == evil:
+            found["evil"] = Evil(folder.parent / "ran")
+        other = file.with_name(f"{name.replace('model', 'pytorch_model') if name == 'model' else name}.bin")
+        torch.save(found, other, _use_new_zipfile_serialization=zipped)
+    return folder
+
+
+def test_the_payload_would_run(tmp_path):
+    """Else the two tests below show nothing."""
+    folder = as_pickles(ASSETS / "backbone", tmp_path / "b", {".": "model"}, evil=".")
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert (tmp_path / "ran").exists()
+
+
+def test_allow_pickle_reads_the_tensors_of_a_pipeline(tmp_path):
+    folder = as_pickles(ASSETS / "t2i", tmp_path / "m", PIPELINE_WEIGHTS)
+    with pytest.raises(ValueError, match="has weights as .*bin only.*--allow-pickle"):
+        load_pipeline(folder)
+    pipeline, embedded = load_pipeline(folder, allow_pickle=True)[0], load_pipeline("nano")[0]
+    for part in (*PIPELINE_WEIGHTS, "text_encoder_2"):
+        ours, theirs = (getattr(p, part).state_dict() for p in (pipeline, embedded))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("evil", PIPELINE_WEIGHTS)
+def test_code_in_a_pickle_does_not_run_even_where_pickles_are_allowed(tmp_path, evil, zipped):
+    folder = as_pickles(ASSETS / "t2i", tmp_path / "m", {evil: PIPELINE_WEIGHTS[evil]}, evil, zipped)
+    with pytest.raises(ValueError, match="cannot load .*m: "):
+        load_pipeline(folder, allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_allow_pickle_for_backbones(tmp_path):
+    frames = torch.rand(1, 1, 3, 32, 32)
+    good = as_pickles(ASSETS / "backbone", tmp_path / "good", {".": "model"})
+    found = FrozenBackbone.from_pretrained(good, allow_pickle=True)(frames)
+    assert torch.equal(found, FrozenBackbone.from_pretrained("nano")(frames))
+    for zipped in (True, False):
+        bad = as_pickles(ASSETS / "backbone", tmp_path / f"bad{zipped}", {".": "model"}, ".", zipped)
+        with pytest.raises(ValueError, match="weights not loadable"):
+            FrozenBackbone.from_pretrained(bad, allow_pickle=True)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_allow_pickle_on_the_command_line(tmp_path, monkeypatch, capsys):
+    """Pipeline and backbone of a run and of its evaluation; a changed byte of a .bin is another model."""
+    monkeypatch.chdir(tmp_path)
+    as_pickles(ASSETS / "t2i", tmp_path / "m", {"vae": "diffusion_pytorch_model"})
+    as_pickles(ASSETS / "backbone", tmp_path / "b", {".": "model"})
+    (tmp_path / "run.yaml").write_text(
+        "model: {path: m}\nmap: {backbone: b}\nreward: {name: redness}\nprompts: {per_iteration: 1, group_size: 2}\n"
+        "sampling: {num_inference_steps: 2}\nrun: {output: out, iterations: 1, tensorboard: false}\n"
+    )
+
+    def vipo(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        return ended.value.code, capsys.readouterr()
+
+    code, told = vipo("train", "run.yaml")
+    assert code == 2 and "--allow-pickle" in told.err and not (tmp_path / "out").exists()
+    code, told = vipo("check", "run.yaml", "--allow-pickle")
+    assert code == 0, told.out
+    code, told = vipo("train", "run.yaml", "--allow-pickle")
+    assert code == 0, told.err
+    assert "allow_pickle: true" in (tmp_path / "out" / "config.yaml").read_text()
+    asked = "--rewards redness --prompts nano_held_out --limit 2 --seeds 1 --sampling.num_inference_steps=2 -o e"
+    sides = "eval --model m --lora out/checkpoints/step_000001/weights --map.backbone=b"
+    evaluate = f"{sides} {asked}".split()
+    code, told = vipo(*evaluate)
+    assert code == 2 and "--allow-pickle" in told.err
+    code, told = vipo(*evaluate, "--allow-pickle")
+    assert code == 0, told.err
+    before = fingerprint(tmp_path / "m")
+    torch.save({}, tmp_path / "m" / "vae" / "diffusion_pytorch_model.bin")
+    assert fingerprint(tmp_path / "m") != before
 
 
 def spy(folder):
@@ -135,7 +237,14 @@ def test_no_loader_is_told_to_trust():
     found = 0
     for path in SOURCE.rglob("*.py"):
         text = path.read_text()
-        assert "trust_remote_code=True" not in text and "allow_pickle" not in text, path
+        for trusting in (
+            "trust_remote_code=True",
+            "weights_only=False",
+            "allow_pickle=True, ",
+            "pickle.load",
+            "Unpickler(",
+        ):
+            assert trusting not in text, f"{path}: {trusting}"
         for match in re.finditer(r"\bAuto[A-Z]\w*\.from_pretrained\(", text):
             found += 1
             assert "trust_remote_code=False" in text[match.start() :].split("\n    except")[0], f"{path}: {match[0]}"

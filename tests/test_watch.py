@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_trainer import brightness, make, numbers, weights
+from test_trainer import CALL, brightness, make, numbers, weights
 
 from vipo import Config, Trainer
 from vipo.distributed import Ranks
@@ -17,7 +17,15 @@ from vipo.evaluation import bootstrap_mean
 from vipo.held_out import Evaluation, turns
 from vipo.report import render_report
 from vipo.runlog import read_metrics
-from vipo.watch import constant_groups, diversity_fall, group_std_collapse, hacking, kl_growth
+from vipo.watch import (
+    constant_groups,
+    diversity_fall,
+    group_std_collapse,
+    hacking,
+    kl_at_evaluation,
+    kl_growth,
+    mean_kl,
+)
 
 PROMPTS = "".join(f"{number} cats\n" for number in range(9))
 CALLS = []
@@ -131,6 +139,54 @@ def test_kl_above_its_bound(found, fires):
 
 
 @pytest.mark.parametrize(
+    ("metrics", "fires"), [({"eval/kl": 0.125}, False), ({"eval/kl": 0.126}, True), ({"kl": 1.0}, False)]
+)
+def test_kl_of_an_evaluation_above_its_bound(metrics, fires):
+    assert bool(kl_at_evaluation(metrics, 0.125)) == fires
+
+
+def test_mean_kl_is_the_expected_log_ratio_under_the_policy(tmp_path):
+    """KL(p | q) = E_p[log p - log q]: an estimate from the samples themselves, against the exact Gaussian KL."""
+    policy = watched(tmp_path, "run").policy
+    texts, seeds = ["a red cat"] * 16, list(range(16))
+    sampling = {"num_inference_steps": 4, "height": 32, "width": 32, **CALL}
+    traj = policy.rollout(texts, seeds=seeds, **sampling)
+    assert mean_kl(policy, traj, [0, 1, 2]) == 0  # a fresh adapter is the reference
+    with torch.no_grad():
+        for name, p in policy.trainable_parameters().items():
+            p.add_(0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+    traj = policy.rollout(texts, seeds=seeds, **sampling)
+    found, ratios = mean_kl(policy, traj, [0, 1, 2]), []
+    policy.denoiser.disable_adapters()
+    with torch.no_grad():
+        policy.replay(traj, on_step=lambda k, reference, sampled: ratios.append(sampled - reference))
+    policy.denoiser.enable_adapters()
+    assert found > 0.01 and not found.requires_grad
+    assert float(torch.stack(ratios).mean()) == pytest.approx(float(found), rel=0.15)  # of few thousand elements
+
+
+def test_kl_is_watched_without_a_kl_term(tmp_path, caplog):
+    watched(tmp_path, "run", {"kl": 1e-9}, iterations=3).run()
+    evaluated = {line["iteration"]: line["eval/kl"] for line in read_metrics(tmp_path / "run") if "eval/kl" in line}
+    assert list(evaluated) == [2, 3] and min(evaluated.values()) > 1e-9
+    found = json.loads((tmp_path / "run" / "watch.json").read_text())
+    assert "KL to the reference" in found["watched"]
+    assert [(w["iteration"], w["clean"]) for w in found["warnings"] if w["kind"] == "kl"] == [(2, 0)]
+    assert "warning at iteration 2, kl: the model has moved far from its reference: KL " in caplog.text
+    page = render_report(tmp_path / "run").read_text()
+    assert "Iteration 2: kl." in page and "KL to the reference per evaluation: from " in page
+    full = watched(tmp_path, "full", {}, iterations=2, train="full")
+    full.run()
+    assert not any("eval/kl" in line for line in read_metrics(tmp_path / "full"))
+    reason = "KL to the reference: all weights are trained and loss.kl_beta is 0, so no reference is kept"
+    assert reason in full.watch.coverage()[1]
+    termed = watched(tmp_path, "termed", {"every": 1}, iterations=1, loss={"kl_beta": 0.01})
+    termed.run()
+    (line,) = [line for line in read_metrics(tmp_path / "termed") if line["iteration"]]
+    assert "kl" in line and "eval/kl" not in line  # computed once
+
+
+@pytest.mark.parametrize(
     ("mapping", "message"),
     [
         ({"watch": {"rewards": ["redness"]}}, "watch.every: watch.rewards and watch.path need it"),
@@ -181,6 +237,7 @@ def test_watching_changes_no_number_of_the_training(tmp_path):
     assert torch.equal(weights(plain), weights(watching))
     evaluated = [line for line in read_metrics(tmp_path / "watching") if "eval/nano" in line]
     assert [line["iteration"] for line in evaluated] == [0, 1, 2, 3, 4]
+    assert all("eval/kl" in line for line in evaluated[1:])  # which is measured in between, and leaves no trace
     assert not any("eval/" in key for line in read_metrics(tmp_path / "plain") for key in line)
     assert not (tmp_path / "plain" / "evaluations").exists()
     assert json.loads((tmp_path / "plain" / "watch.json").read_text())["evaluations"] is None
@@ -207,7 +264,7 @@ def test_evaluations_pair_with_the_base(tmp_path):
 
 
 def test_a_resumed_run_gives_the_same_warnings_and_does_not_redo_the_base(tmp_path):
-    often = {"every": 1}
+    often = {"every": 1, "kl": 100.0}  # the rate is wild: the KL would warn, too
     watched(tmp_path, "whole", often, iterations=3).run()
     expected = json.loads((tmp_path / "whole" / "watch.json").read_text())
     assert [(w["kind"], w["subject"]) for w in expected["warnings"]] == [("reward hacking", "test_watch:darkness")]
@@ -265,7 +322,8 @@ def test_a_collapse_is_found_without_evaluations_and_told_once(tmp_path, caplog)
     assert [(w["iteration"], w["clean"], w["kind"]) for w in found["warnings"]] == [(10, 0, "constant groups")]
     assert found["watched"] == ["groups of equal rewards"]
     assert "held-out rewards: watch.every is not set" in found["not_watched"]
-    assert "KL to the reference: loss.kl_beta is 0, so no KL is computed" in found["not_watched"]
+    no_kl = "KL to the reference: loss.kl_beta is 0 and watch.every is not set, so no KL is computed"
+    assert no_kl in found["not_watched"]
     watched(tmp_path, "parts", iterations=8, **ones).run()
     watched(tmp_path, "parts", iterations=11, **ones).run(mode="resume")
     assert json.loads((tmp_path / "parts" / "watch.json").read_text()) == found  # the window spans the gap

@@ -27,6 +27,9 @@ Post-train image and video generators with pixel-level advantages (ViPO, arXiv 2
 """
 
 
+_ALLOW_PICKLE = "also read .bin weights of pipelines and backbones, tensors only: --model.allow_pickle=true"
+
+
 class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, as all others are."""
 
@@ -88,7 +91,7 @@ def parse(argv: list[str], run: Run) -> argparse.Namespace:
 
     overrides = [text for text in argv if re.match(r"--\w+\.", text)]  # argparse takes one with a blank for an input
     options, rest = parser.parse_known_args([text for text in argv if text not in overrides])
-    rest = overrides + rest
+    rest = overrides + rest + (["--model.allow_pickle=true"] if getattr(options, "allow_pickle", False) else [])
     if rest and not hasattr(options, "config"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides, options.arguments = rest, argv
@@ -142,6 +145,7 @@ def _add_eval(commands: Any, run: Run) -> None:
     evaluate.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     evaluate.add_argument("--limit", type=int, help="evaluate so many prompts, evenly spread over the file")
     evaluate.add_argument("-o", "--output", type=Path, help="folder (default: RUN/eval, with --model runs/eval)")
+    evaluate.add_argument("--allow-pickle", action="store_true", help=_ALLOW_PICKLE)
     evaluate.set_defaults(command=run["eval"], config=None)
 
 
@@ -173,6 +177,7 @@ def _with_config(commands: Any, name: str, summary: str, command: Any, keys: str
         allow_abbrev=False,
     )
     parser.add_argument("config", metavar="CONFIG", help="YAML file, or the name of a recipe: " + ", ".join(recipes()))
+    parser.add_argument("--allow-pickle", action="store_true", help=_ALLOW_PICKLE)
     parser.set_defaults(command=command)
     return parser
 

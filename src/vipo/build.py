@@ -39,6 +39,7 @@ def make_policy(config: Config, *, trainable: bool = True, ranks: Ranks | None =
         autocast=getattr(torch, model.autocast) if model.autocast else None,
         device=(ranks or Ranks()).device(model.device),
         shard=_spread(config, ranks) if ranks is not None and config.parallel.in_step else None,
+        allow_pickle=model.allow_pickle,
     )
     vae = {"tiling": model.vae_tiling, "slicing": model.vae_slicing, "channels_last": model.vae_channels_last}
     enable_vae(policy.pipeline, **vae)

@@ -73,6 +73,8 @@ class ModelConfig(Section):
     """Compile the denoiser's repeated blocks; the first calls take minutes."""
     device: str | None = None
     """Torch device; null for cuda where there is one, else cpu."""
+    allow_pickle: bool = False
+    """Also read .bin weights of pipeline and backbone folders, tensors only (weights_only). Short: --allow-pickle."""
 
 
 class SamplingConfig(Section):

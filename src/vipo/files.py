@@ -13,13 +13,17 @@ _UNSAFE = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def require_safetensors(what: str, folder: Path) -> None:
-    """Raise ValueError for a folder whose weights are only in a format that can run code when it is loaded."""
+    """Raise ValueError for a folder whose weights are only in a format that can run code when it is loaded.
+
+    The flag that the message names makes them be read with weights_only, which builds tensors alone.
+    """
     files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
     unsafe = [path.name for path in files if path.suffix in _UNSAFE]
     if unsafe and not any(path.suffix == ".safetensors" for path in files):
         raise ValueError(
             f"{what}: {folder} has weights as {unsafe[0]} only, which could run code when loaded; convert what you "
-            "trust with `python tools/to_safetensors.py IN OUT` of the source tree (docs/models.md)"
+            "trust with `python tools/to_safetensors.py IN OUT` of the source tree (docs/models.md); vipo train, check "
+            "and eval read tensors of a .bin of a pipeline or backbone with --allow-pickle"
         )
 
 

@@ -101,7 +101,8 @@ class HeldOut:
         paths, options = config.reward.paths, config.reward.options
         with self._undisturbed():
             self.rewards = dict(trained) | load_rewards(watch.rewards, waits, paths, options, shared)
-            self.backbone = source.backbone or make_psm(config.map, waits).backbone
+            pickled = config.model.allow_pickle
+            self.backbone = source.backbone or make_psm(config.map, waits, allow_pickle=pickled).backbone
         self._base_features: Tensor | None = None
 
     @property

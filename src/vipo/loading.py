@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -18,6 +21,8 @@ from .nano import resolve
 
 CALL_FILE = "vipo.json"
 """Optional file in a pipeline folder: {"call": {...}}, keywords that every call of this pipeline needs."""
+
+_NOT_LOADED = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
 
 _ADAPTER_KEYS = (".lora_A.", ".lora_B.", ".lora.down.", ".lora.up.")
 """What marks an adapter's tensor in a file of PEFT or diffusers; other trainers' files are converted by diffusers."""
@@ -99,7 +104,7 @@ def _adapter_tensors(pipeline: DiffusionPipeline) -> list[str]:
     ]
 
 
-def pipeline_folder(name: str | Path) -> Path:
+def pipeline_folder(name: str | Path, *, allow_pickle: bool = False) -> Path:
     """Folder of a pipeline named as for `load_pipeline`; a hub id is downloaded to the hub's cache first.
 
     Raises:
@@ -107,10 +112,10 @@ def pipeline_folder(name: str | Path) -> Path:
     """
     path, local = _locate(name)
     if local:
-        read_index(Path(path))
+        read_index(Path(path), allow_pickle=allow_pickle)
         return Path(path)
     try:
-        return Path(DiffusionPipeline.download(path, use_safetensors=True))
+        return Path(DiffusionPipeline.download(path, use_safetensors=None if allow_pickle else True))
     except (OSError, ValueError) as error:
         raise _not_loadable(path, local, error) from error
 
@@ -127,11 +132,12 @@ def _locate(name: str | Path) -> tuple[str, bool]:
     return path, local
 
 
-def read_index(folder: Path) -> dict[str, Any]:
+def read_index(folder: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
     """Read the model_index.json of a pipeline's folder.
 
     Raises:
-        ValueError: it is none, or a component brings code of its own or has no weights in safetensors.
+        ValueError: it is none, or a component brings code of its own or, unless `allow_pickle`, has no weights in
+            safetensors.
     """
     index = _read_mapping(folder / "model_index.json")
     for name, entry in index.items():
@@ -142,7 +148,7 @@ def read_index(folder: Path) -> dict[str, Any]:
                 f"pipeline: {folder} brings code of its own ({name}: {entry}), which is never run; give a pipeline of "
                 "diffusers, or build the object yourself and hand it to vipo.DiffusersPolicy"
             )
-        if library is not None:
+        if library is not None and not allow_pickle:
             require_safetensors("pipeline", folder / name)
     if "_class_name" not in index:
         raise ValueError(f"pipeline: {folder / 'model_index.json'} names no _class_name; is the folder complete?")
@@ -165,21 +171,39 @@ def _not_loadable(path: str, local: bool, error: Exception) -> ValueError:
     return ValueError(f"pipeline: cannot load {path}: {reason}; {fix}")
 
 
-def load_pipeline(name: str | Path, dtype: torch.dtype | None = None) -> tuple[DiffusionPipeline, dict[str, Any]]:
-    """Load a pipeline ("nano", "nano_video", a folder or a hub id; safetensors only) and the keywords its calls need.
+@contextlib.contextmanager
+def _without_alarm() -> Iterator[None]:
+    """Keep diffusers from logging as an error that there is no safetensors, before it reads the .bin as it is to."""
+    before = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        diffusers_logging.set_verbosity(before)
+
+
+def load_pipeline(
+    name: str | Path, dtype: torch.dtype | None = None, *, allow_pickle: bool = False
+) -> tuple[DiffusionPipeline, dict[str, Any]]:
+    """Load a pipeline ("nano", "nano_video", a folder or a hub id) and the keywords its calls need.
+
+    Weights are read from safetensors; with `allow_pickle` from .bin where there is nothing else. diffusers and
+    transformers read that with weights_only: anything in it but tensors is an error, and is not run.
 
     Raises:
         ValueError: there is no such folder or hub id, or it holds no pipeline.
     """
     path, local = _locate(name)
     folder = Path(path)
-    index = read_index(folder) if local else {}
+    index = read_index(folder, allow_pickle=allow_pickle) if local else {}
     absent = {name: None for name, entry in index.items() if entry == [None, None]}  # such as SD3's T5
+    safe = None if allow_pickle else True
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            path, dtype=dtype or torch.float32, use_safetensors=True, local_files_only=local, **absent
-        )
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError) as error:
+        with _without_alarm() if allow_pickle else contextlib.nullcontext():
+            pipeline = DiffusionPipeline.from_pretrained(
+                path, dtype=dtype or torch.float32, use_safetensors=safe, local_files_only=local, **absent
+            )
+    except (*_NOT_LOADED, UnpicklingError) as error:
         raise _not_loadable(path, local, error) from error
     settings = folder / CALL_FILE
     call = _read_mapping(settings).get("call") if local and settings.is_file() else {}

@@ -48,15 +48,21 @@ class MapSource:
         config: the map section.
         device: where the backbone goes.
         psm: instead of the one that the config describes.
+        allow_pickle: of the backbone's weights, see `FrozenBackbone.from_pretrained`.
 
     Raises:
         ValueError: a backbone, a mask file or a function that is not there.
     """
 
     def __init__(
-        self, config: MapConfig, device: torch.device | str = "cpu", *, psm: PerceptualStructuring | None = None
+        self,
+        config: MapConfig,
+        device: torch.device | str = "cpu",
+        *,
+        psm: PerceptualStructuring | None = None,
+        allow_pickle: bool = False,
     ) -> None:
-        self.control, self.source = config.control, config.source
+        self.control, self.source, self.allow_pickle = config.control, config.source, allow_pickle
         self.psm: PerceptualStructuring | None = None
         self.frame_maps: FrameMaps | None = None
         self.allocation = LatentAllocation(
@@ -70,7 +76,7 @@ class MapSource:
         if self.content_free:
             return
         if self.source == "psm":
-            self.psm = self.allocation = psm or make_psm(config, device)
+            self.psm = self.allocation = psm or make_psm(config, device, allow_pickle=allow_pickle)
         elif self.source == "masks":
             self.frame_maps = MaskFile(Path(config.path or ""))
         elif self.source != "reward":
@@ -191,11 +197,13 @@ def shared_sources(
         if psm is not None:
             options = {f.name: getattr(config, f.name) for f in fields(psm) if f.name != "backbone"}
             psm = replace(psm, **options)
-        sources[config] = MapSource(config, device, psm=psm)
+        sources[config] = MapSource(config, device, psm=psm, allow_pickle=source.allow_pickle)
     return sources
 
 
-def make_psm(config: MapConfig, device: torch.device | str = "cpu") -> PerceptualStructuring:
+def make_psm(
+    config: MapConfig, device: torch.device | str = "cpu", *, allow_pickle: bool = False
+) -> PerceptualStructuring:
     """Build the Perceptual Structuring Module of a config."""
     return PerceptualStructuring.from_pretrained(
         config.backbone,
@@ -204,6 +212,7 @@ def make_psm(config: MapConfig, device: torch.device | str = "cpu") -> Perceptua
         chunk=config.chunk,
         dtype=getattr(torch, config.autocast) if config.autocast else None,
         device=device,
+        allow_pickle=allow_pickle,
         components=config.components,
         orientation=config.orientation,
         weighting=config.weighting,

@@ -52,6 +52,7 @@ class DiffusersPolicy:
         offload: of encoders and VAE: "none", "idle" or "sequential", see `vipo.offload.IdleParts`.
         device: default: cuda where there is one, else cpu.
         shard: spreads a denoiser over several processes; None keeps it whole.
+        allow_pickle: see `load_pipeline`.
 
     Attributes:
         pipeline: the pipeline.
@@ -77,13 +78,14 @@ class DiffusersPolicy:
         offload: Offload = "none",
         device: str | torch.device | None = None,
         shard: Callable[[nn.Module, torch.device], None] | None = None,
+        allow_pickle: bool = False,
     ) -> None:
         self.device = find_device(device)
         self.call_defaults: dict[str, Any] = {}
         if isinstance(pipeline, DiffusionPipeline):
             self.pipeline = pipeline
         else:
-            self.pipeline, self.call_defaults = load_pipeline(pipeline, dtype)
+            self.pipeline, self.call_defaults = load_pipeline(pipeline, dtype, allow_pickle=allow_pickle)
         denoisers = pipelines.find_denoisers(self.pipeline)
         for component in self.pipeline.components.values():
             if isinstance(component, nn.Module):

@@ -38,7 +38,7 @@ from .safety import NonFiniteGuard, evidence, require_finite_gradients, undone_i
 from .schedule import learning_rate
 from .session import Resume, Session
 from .types import Experience, NonFiniteError, PromptBatch, Trajectory, require_finite
-from .watch import Watch
+from .watch import KL, Watch, mean_kl
 
 _NOT_MEANS = {"sums": ("constant",), "maxima": ("max",)}
 """Map statistics that are not means over samples."""
@@ -88,7 +88,7 @@ class Trainer:
         shared: dict[Any, Any] = {}  # models that held-out rewards use too
         rewards = given or load_rewards(list(weights), waits, config.reward.paths, config.reward.options, shared)
         self.reward = RewardMixture(rewards, weights)
-        self.map_source = MapSource(config.map, waits, psm=psm)
+        self.map_source = MapSource(config.map, waits, psm=psm, allow_pickle=config.model.allow_pickle)
         own = config.reward_maps
         self.reward_maps = RewardMaps(config.map, self.map_source, own, list(weights), waits) if own else None
         (self.reward_maps or self.map_source).check([prompt.text for prompt in self.prompts])
@@ -202,6 +202,10 @@ class Trainer:
         average = self.ema.values if self.ema else ()
         with clock("update"), evidence(found=found, maps=maps), undone_if_not_finite(self.optimizer, undo, average):
             losses = self.ranks.reduce(self._update(found, made))
+        if self.watch.kl_due(iteration + 1):  # of the new weights, as what is evaluated; every rank on its own share
+            with clock("watch"):
+                steps = sorted({k for part in found.plan for k in part})
+                losses |= self.ranks.reduce({KL: mean_kl(self.policy, found.trajectories[0], steps)})
         self.frames, self.maps = found.buckets[0].frames, maps[0]
         rewards, group_size = found.rewards[:, found.kept], self.config.prompts.group_size
         total = self.reward.weights.to(rewards.device) @ rewards

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .checkpoint import list_checkpoints
 from .config import Config
@@ -26,6 +28,7 @@ from .policy import DiffusersPolicy
 from .rewards import Reward
 from .runlog import read_metrics
 from .session import Session
+from .types import Trajectory
 
 log = logging.getLogger(__name__)
 WATCH = "watch.json"
@@ -34,6 +37,8 @@ WINDOW = 10
 TAIL = 0.005
 """Of each side of the intervals that decide: 99 %, for every evaluation is another chance of a false alarm."""
 HACKING = "reward hacking"
+KL = "eval/kl"
+"""Metric: the KL of the weights that are evaluated to the reference; where kl_beta is 0."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +177,42 @@ def kl_growth(lines: Sequence[Mapping[str, Any]], bound: float) -> list[WatchWar
     ]
 
 
+def kl_at_evaluation(metrics: Mapping[str, Any], bound: float) -> list[WatchWarning]:
+    """Find an `eval/kl` above `bound` nats per element and step; a line without one says nothing."""
+    if not metrics.get(KL, 0.0) > bound:
+        return []
+    return [
+        WatchWarning(
+            "kl",
+            "",
+            f"the model has moved far from its reference: KL {metrics[KL]:.3g} nats per element and step on this "
+            f"iteration's own samples (bound {bound:g})",
+            "set loss.kl_beta, lower optimizer.learning_rate, or go back to an earlier checkpoint",
+        )
+    ]
+
+
+@torch.no_grad()
+def mean_kl(policy: DiffusersPolicy, traj: Trajectory, steps: Sequence[int]) -> Tensor:
+    """Compute the exact Gaussian KL to the reference, nats per element and step: mean (mu - mu_ref)^2 / (2 std^2).
+
+    Two denoiser passes per step: with the reference weights and with the present ones.
+
+    Args:
+        policy: with an adapter, or with a reference that it keeps.
+        traj: a micro-batch of a rollout.
+        steps: ascending, of `traj.stochastic_steps`.
+
+    Returns:
+        A scalar, detached.
+    """
+    found: list[Tensor] = []
+    traj = traj.to(policy.device)
+    policy.add_reference(traj, steps)
+    policy.replay(traj, steps=steps, on_step=lambda k, new, old, kl: found.append(kl.mean()), with_kl=True)
+    return torch.stack(found).mean()
+
+
 def _mean(lines: Sequence[Mapping[str, Any]], key: str) -> float:
     return float(np.mean([line[key] for line in lines]))
 
@@ -201,7 +242,7 @@ class Watch:
         ranks: Ranks | None = None,
         shared: dict[Any, Any] | None = None,
     ) -> None:
-        self.config, self.write = config, ranks is None or ranks.main
+        self.config, self.policy, self.write = config, policy, ranks is None or ranks.main
         every = config.watch.every
         self.held_out = HeldOut(config, policy, trained, source, ranks=ranks, shared=shared) if every else None
         self.warnings: list[WatchWarning] = []
@@ -212,6 +253,15 @@ class Watch:
     def stops(self) -> bool:
         """Whether the run is to end here; only the rank that writes says so, and the others ask it."""
         return self.write and self.config.watch.stop and any(warning.kind == HACKING for warning in self.warnings)
+
+    def due(self, iteration: int) -> bool:
+        """Whether the weights after this 1-based iteration are evaluated."""
+        every = self.config.watch.every
+        return every is not None and (iteration % every == 0 or iteration == self.config.run.iterations)
+
+    def kl_due(self, iteration: int) -> bool:
+        """Whether `mean_kl` of this 1-based iteration is wanted: with a KL term every line has its `kl` already."""
+        return self.due(iteration) and self.policy.lora and self.config.loss.kl_beta == 0
 
     def begin(self, folder: Path, iteration: int) -> None:
         """Evaluate the base before its weights change; of a run that is resumed, read what it has written.
@@ -250,15 +300,15 @@ class Watch:
         Returns:
             The metrics, with those of an evaluation where one was due.
         """
-        watch, metrics = self.config.watch, dict(metrics)
+        metrics = dict(metrics)
         self._lines.append(metrics)
         found = self._by_lines()
-        if self.held_out and watch.every and (iteration % watch.every == 0 or iteration == self.config.run.iterations):
+        if self.held_out and self.due(iteration):
             now = self.held_out.measure(iteration)
             if self.write:
                 self.held_out.save(folder, now)
             metrics.update(now.metrics())
-            found += self._by_evaluation(now)
+            found += self._by_evaluation(now, metrics)
         known = {(warning.kind, warning.subject) for warning in self.warnings}
         begun = [replace(w, iteration=iteration) for w in found if (w.kind, w.subject) not in known]
         for warning in begun:
@@ -280,11 +330,11 @@ class Watch:
         trained = [i for i, line in enumerate(self._lines) if "skipped" not in line][-WINDOW:]
         return [replace(warning, clean=trained[0]) for warning in found]  # as many iterations came before these
 
-    def _by_evaluation(self, now: Evaluation) -> list[WatchWarning]:
+    def _by_evaluation(self, now: Evaluation, metrics: Mapping[str, Any]) -> list[WatchWarning]:
         assert self._base is not None
         watch, every = self.config.watch, self.config.watch.every or 1
         found = hacking(now, self._base, self.config.reward.weights, watch.rewards)
-        found += diversity_fall(now, self._base, watch.diversity)
+        found += diversity_fall(now, self._base, watch.diversity) + kl_at_evaluation(metrics, watch.kl)
         return [replace(warning, clean=(now.iteration - 1) // every * every) for warning in found]
 
     def close(self, checkpoints: Path) -> None:
@@ -330,6 +380,9 @@ class Watch:
         tell("diversity within prompts", off or ("" if watch.seeds > 1 else "it needs watch.seeds=2 or more"))
         tell("spread of rewards within groups", "" if length >= 2 * WINDOW else f"it needs {2 * WINDOW} iterations")
         tell("groups of equal rewards", "" if length >= WINDOW else f"it needs {WINDOW} iterations")
-        no_kl = "" if config.loss.kl_beta > 0 else "loss.kl_beta is 0, so no KL is computed"
-        tell("KL to the reference", no_kl or ("" if length >= WINDOW else f"it needs {WINDOW} iterations"))
+        if config.loss.kl_beta > 0:
+            tell("KL to the reference", "" if length >= WINDOW else f"it needs {WINDOW} iterations")
+        else:
+            full = "" if self.policy.lora else "all weights are trained and loss.kl_beta is 0, so no reference is kept"
+            tell("KL to the reference", full or (off and f"loss.kl_beta is 0 and {off}, so no KL is computed"))
         return watched, not_watched

@@ -31,7 +31,8 @@ class WatchConfig(Section):
     constant_groups: Fraction = 0.5
     """Warn when more than this share of the groups of ten iterations earned equal rewards."""
     kl: Annotated[float, Field(gt=0)] = 0.1
-    """Warn when the mean kl of ten iterations (nats per element and step) exceeds this; needs loss.kl_beta > 0."""
+    """Warn when the mean kl of ten iterations exceeds this (nats per element and step); with loss.kl_beta 0, when the
+    eval/kl of an evaluation does (adapters only)."""
 
     @model_validator(mode="after")
     def _check(self) -> WatchConfig:

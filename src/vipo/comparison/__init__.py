@@ -71,7 +71,8 @@ def compare(
     waits = "cpu" if config.model.offload != "none" else device
     named = config.reward
     rewards = load_rewards(list(named.weights), waits, named.paths, named.options)
-    source = MapSource(config.map.model_copy(update={"source": "psm", "path": None, "control": None}), waits)
+    plain = config.map.model_copy(update={"source": "psm", "path": None, "control": None})
+    source = MapSource(plain, waits, allow_pickle=config.model.allow_pickle)
     store = SampleStore(output / SAMPLES, prompts, options.seeds, config, seed=options.seed)
 
     def tell(stage: str) -> Callable[[int], None]:

@@ -20,7 +20,7 @@ from ..policy import DiffusersPolicy
 from ..runlog import CONFIG
 from ..scheduler import is_flow
 
-_PARTS = (".safetensors", ".json", ".txt", ".model", ".jinja")
+_PARTS = (".safetensors", ".bin", ".json", ".txt", ".model", ".jinja")
 """Suffixes of what a pipeline reads from its folder: weights, configs, tokenizers."""
 
 
@@ -100,7 +100,7 @@ def contest_of_run(
         raise ValueError(f"--checkpoint: {run} has no checkpoint of iteration {checkpoint}; there are {steps}")
     weights = require_whole(chosen) / "weights"
     lora, full = (weights, None) if config.model.train == "lora" else (None, weights)
-    base, trained = sides(config.model.path, lora=lora, full=full)
+    base, trained = sides(config.model.path, lora=lora, full=full, allow_pickle=config.model.allow_pickle)
     subject = {"run": str(run), "checkpoint": int(chosen.name.removeprefix("step_")), "model": config.model.path}
     return Contest(config, base, trained, subject, trained_on, config.prompts.path)
 
@@ -126,8 +126,9 @@ def contest_of_models(
         raise ValueError("--model: expected the trained side as --lora FOLDER or as --trained PIPELINE, one of them")
     if not rewards:
         raise ValueError("--rewards: expected at least one; what was trained on is not known with --model")
-    base, trained = sides(model, lora=lora, full=full)
     for_rewards, others = _split(overrides)
+    allowed = apply_overrides({"model": {}}, others)["model"].get("allow_pickle") is True
+    base, trained = sides(model, lora=lora, full=full, allow_pickle=allowed)
     mapping = apply_overrides({"model": {"path": model}, "sampling": _own_sampling(base.pipeline)}, others)
     config = _measured_by(Config.from_mapping(mapping), rewards, for_rewards)
     subject = {"model": model, **({"lora": str(lora)} if lora is not None else {"trained": full})}
@@ -152,12 +153,14 @@ def _measured_by(config: Config, rewards: Sequence[str], overrides: Sequence[str
     return Config.from_mapping({**config.model_dump(mode="json"), "reward": section, "watch": {}})
 
 
-def sides(model: str | Path, *, lora: Path | None, full: str | Path | None) -> tuple[Side, Side]:
+def sides(
+    model: str | Path, *, lora: Path | None, full: str | Path | None, allow_pickle: bool = False
+) -> tuple[Side, Side]:
     """Find both sides and take their fingerprints: a changed byte is another model, whatever its name and date."""
-    folder = pipeline_folder(model)
+    folder = pipeline_folder(model, allow_pickle=allow_pickle)
     base = Side("base", folder, None, fingerprint(folder))
     if full is not None:
-        other = pipeline_folder(full)
+        other = pipeline_folder(full, allow_pickle=allow_pickle)
         return base, Side("trained", other, None, fingerprint(other))
     assert lora is not None
     if not any(lora.glob("*.safetensors")):
@@ -178,7 +181,7 @@ def fingerprint(folder: Path) -> str:
 
 def _own_sampling(folder: Path) -> dict[str, Any]:
     """What a pipeline's call does by default: its steps, its own guidance, and the kernel that fits its schedule."""
-    index = read_index(folder)
+    index = read_index(folder, allow_pickle=True)  # that of a side, whose weights have been looked at
     pipeline = getattr(diffusers, index["_class_name"], None)
     if pipeline is None or "scheduler" not in index:
         raise ValueError(f"--model: diffusers has no pipeline {index['_class_name']} with a scheduler; cannot drive it")

@@ -179,21 +179,29 @@ class PerceptualStructuring(LatentAllocation):
         chunk: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        allow_pickle: bool = False,
         **options: Any,
     ) -> Self:
         """Load the backbone and make the module.
 
         Args:
-            name_or_path: see `FrozenBackbone.from_pretrained`, as for the next five.
+            name_or_path: see `FrozenBackbone.from_pretrained`, as for the next six.
             layer: which hidden state.
             image_size: pixels of the shorter side that the backbone sees.
             chunk: frames per forward pass.
             device: where the backbone goes.
             dtype: its autocast.
+            allow_pickle: of its weights.
             options: the other attributes of the class, by name; an unknown one is a TypeError.
         """
         backbone = FrozenBackbone.from_pretrained(
-            name_or_path, layer=layer, image_size=image_size, chunk=chunk, device=device, dtype=dtype
+            name_or_path,
+            layer=layer,
+            image_size=image_size,
+            chunk=chunk,
+            device=device,
+            dtype=dtype,
+            allow_pickle=allow_pickle,
         )
         return cls(backbone, **options)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Protocol, Self, cast
 
 import torch
@@ -134,6 +135,7 @@ class FrozenBackbone(torch.nn.Module):
         chunk: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        allow_pickle: bool = False,
     ) -> Self:
         """Load a backbone, and its mean and std from its preprocessor config (its family's where there is none).
 
@@ -145,6 +147,7 @@ class FrozenBackbone(torch.nn.Module):
             chunk: see `__init__`.
             dtype: see `__init__`.
             device: where the weights go; None = the CPU.
+            allow_pickle: read the tensors of a .bin where there is no safetensors (with weights_only).
 
         Raises:
             ValueError: nothing loadable there, another model type, incomplete weights, or an option out of range.
@@ -154,7 +157,7 @@ class FrozenBackbone(torch.nn.Module):
             from vipo.nano import assets_path  # lazily: only this name needs the assets
 
             name = str(assets_path("backbone"))
-        model = _load_model(name)
+        model = _load_model(name, allow_pickle=allow_pickle)
         mean, std = pixel_statistics(name, FAMILIES[model.config.model_type].statistics)
         backbone = cls(model, mean=mean, std=std, layer=layer, image_size=image_size, chunk=chunk, dtype=dtype)
         return backbone.to(device)
@@ -261,7 +264,7 @@ def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def _load_model(name: str) -> PreTrainedModel:
+def _load_model(name: str, *, allow_pickle: bool = False) -> PreTrainedModel:
     """Load a vision model in float32 from a folder or the hub; every failure is a ValueError that names the fix."""
     fix = 'give a folder written by save_pretrained, a hub id such as "facebook/dinov2-base", or "nano"'
     try:
@@ -272,7 +275,8 @@ def _load_model(name: str) -> PreTrainedModel:
             reason = "it brings code of its own, which is never run"
         raise ValueError(f"backbone {name!r}: no readable model config ({reason}); {fix}") from error
     check_choice(f"model type of backbone {name!r}", config.model_type, MODEL_TYPES)
-    require_safetensors(f"backbone {name!r}", Path(name))
+    if not allow_pickle:
+        require_safetensors(f"backbone {name!r}", Path(name))
     tower = TOWERS.get(config.model_type)
     key_mapping = {rf"^{tower}\.": ""} if tower else None
     config = config if tower is None else config.vision_config
@@ -282,11 +286,12 @@ def _load_model(name: str) -> PreTrainedModel:
             config=config,
             dtype=torch.float32,
             key_mapping=key_mapping,
-            use_safetensors=True,
+            use_safetensors=None if allow_pickle else True,
+            weights_only=True,
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
         raise ValueError(f"backbone {name!r}: weights not loadable ({first_line(error)}); {fix}") from error
     # transformers only warns here and leaves such weights random, which would be a map of nothing.
     if loading["missing_keys"]:

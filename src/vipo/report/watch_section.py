@@ -23,6 +23,11 @@ EVALUATED = {
         "cosine distance",
         "How far samples moved from the base's of the same noise. Training means to move them: it has no bound.",
     ),
+    "eval/kl": (
+        "KL to the reference",
+        "nats",
+        "Per element and step, on the iteration's own samples: how far the policy itself moved. watch.kl is its bound.",
+    ),
 }
 """Measurements of an evaluation that are no reward: title, unit, sentence."""
 SECONDS = "eval/seconds"
