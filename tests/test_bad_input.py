@@ -492,6 +492,11 @@ ROWS = {
     "device: unknown": train("model: {device: gpu}", "model.device|device: .*'gpu'", "expected one of cpu"),
     "device: not there": train("model: {device: 'cuda:99'}", "'cuda:99'", "expected one of cpu"),
     "device: one without values": train("model: {device: meta}", "'meta'", "expected one of cpu"),
+    "device: of rewards": train("reward: {device: 'cuda:99'}", "reward.device: 'cuda:99'", "expected one of cpu"),
+    "device: of the backbone": train("map: {device: gpu}", "map.device: 'gpu'", "expected one of cpu"),
+    "device: of one reward's map": config(
+        "reward: {maps: {nano: {device: cpu}}}", "reward.maps: device is one for all maps", "set map.device"
+    ),
     "device: no threads": config("run: {threads: 0}", "run.threads: .*got 0", "expected greater than or equal to 1"),
     "device: of maps": Bad(
         "maps a.png -o out --device cuda:99", "'cuda:99'", "expected one of cpu", {"a.png": picture}

@@ -122,3 +122,9 @@ def test_the_nano_recipes_differ_in_map_and_level_only():
     grpo, vipo_ = (Config.from_yaml(recipes / f"nano_{name}.yaml").model_dump() for name in ("grpo", "vipo"))
     differing = {(s, k) for s in grpo for k in grpo[s] if grpo[s][k] != vipo_[s][k]}
     assert differing == {("map", "control"), ("loss", "level"), ("loss", "clip_range"), ("run", "output")}
+
+
+def test_what_has_a_device_of_its_own_is_not_offloaded():
+    assert (Config().reward_offload, Config().map_offload) == ("none", "none")
+    idle = Config.from_mapping({"model": {"offload": "idle"}, "reward": {"device": "cuda:1"}})
+    assert (idle.reward_offload, idle.map_offload) == ("none", "idle")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from vipo.rewards import REWARDS, load_reward, redness, score
+from vipo.rewards.mixture import RewardMixture
 
 
 def rewards_of(reward, frames, prompts):
@@ -120,3 +121,16 @@ def test_servers_are_named_like_any_reward_and_need_an_address():
         load_reward("remote")
     with pytest.raises(ValueError, match="RemoteReward has no option 'timeot'; did you mean 'timeout'?"):
         load_reward("remote", path="http://127.0.0.1:9/score", options={"timeot": 1})
+
+
+def test_frames_go_to_the_rewards_device_and_scores_come_back():
+    seen = []
+
+    def elsewhere(frames, prompts):
+        seen.append((frames.device.type, tuple(frames.shape)))
+        return torch.arange(len(prompts)), torch.ones(len(prompts), 1, 2, 2)
+
+    frames = torch.rand(3, 1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = RewardMixture({"one": elsewhere}, device="meta")(frames, ["a"] * 3)
+    assert seen == [("meta", (3, 1, 3, 4, 4))]
+    assert found.rewards.device.type == found.credit.device.type == "cpu" and found.rewards.tolist() == [[0, 1, 2]]

@@ -171,6 +171,8 @@ class RewardConfig(Section):
     """With on_failure drop: the run stops when a larger share of an iteration's groups would be dropped, or all."""
     maps: dict[str, dict[str, Any]] = {}
     """By reward: changes of the map section for its own advantage, as {nano_mq: {motion: difference}}."""
+    device: str | None = None
+    """Torch device of the rewards' models, such as another GPU; null for the run's. model.offload leaves them there."""
     asynchronous: bool = Field(default=False, alias="async")
     """Score each micro-batch and make its maps in a thread while the next is sampled; same bits. Needs micro_batch."""
     std: Literal["population", "sample"] = "population"
@@ -187,8 +189,10 @@ class RewardConfig(Section):
     def _check(self) -> RewardConfig:
         if not self.weights or not all(self.weights.values()):
             raise ValueError(f"reward.name: expected at least one reward, and weights other than 0, got {self.name}")
-        for name in self.maps:
+        for name, changes in self.maps.items():
             check_choice("reward.maps", name, self.weights)
+            if "device" in changes:
+                raise ValueError("reward.maps: device is one for all maps; set map.device")
         if self.maps and self.combine == "rewards":
             raise ValueError("reward.maps: needs reward.combine=advantages: summed rewards have one advantage, one map")
         return self
@@ -235,6 +239,8 @@ class MapConfig(Section):
     """One basis per sample (clip) or per frame."""
     solver: Literal["subspace", "exact"] = "subspace"
     """PCA by subspace iteration or by a full eigendecomposition."""
+    device: str | None = None
+    """Torch device of the map's backbone, such as another GPU; null for the run's. model.offload leaves it there."""
     image_size: Positive | None = None
     """Pixels of the shorter side that the backbone sees; null for the frames' own size."""
 
@@ -371,6 +377,16 @@ class Config(Section):
             return {name: self.map.changed(changes) for name, changes in self.reward.maps.items()}
         except ValueError as error:
             raise ValueError(f"reward.maps: {error}") from None
+
+    @property
+    def reward_offload(self) -> Literal["none", "idle", "sequential"]:
+        """`model.offload` of the rewards; those with a device of their own stay there."""
+        return self.model.offload if self.reward.device is None else "none"
+
+    @property
+    def map_offload(self) -> Literal["none", "idle", "sequential"]:
+        """`model.offload` of the map's backbone; one with a device of its own stays there."""
+        return self.model.offload if self.map.device is None else "none"
 
     @property
     def trained_steps(self) -> int:

@@ -98,11 +98,12 @@ class HeldOut:
                 " over fewer no interval means anything"
             )
         waits = "cpu" if config.model.offload != "none" else policy.device
+        home, seen = config.reward.device or waits, config.map.device or waits
         paths, options = config.reward.paths, config.reward.options
         with self._undisturbed():
-            self.rewards = dict(trained) | load_rewards(watch.rewards, waits, paths, options, shared)
+            self.rewards = dict(trained) | load_rewards(watch.rewards, home, paths, options, shared)
             pickled = config.model.allow_pickle
-            self.backbone = source.backbone or make_psm(config.map, waits, allow_pickle=pickled).backbone
+            self.backbone = source.backbone or make_psm(config.map, seen, allow_pickle=pickled).backbone
         self._base_features: Tensor | None = None
 
     @property
@@ -178,9 +179,10 @@ class HeldOut:
                 continue
             rows += batch
             for i, (name, reward) in enumerate(self.rewards.items()):
-                with visiting([reward], device, self.config.model.offload):
-                    rewards[i, batch] = score(reward, frames, texts, name).rewards.cpu()
-            with visiting([self.backbone], device, self.config.model.offload):
+                with visiting([reward], device, self.config.reward_offload):
+                    home = self.config.reward.device
+                    rewards[i, batch] = score(reward, frames, texts, name, home).rewards.cpu()
+            with visiting([self.backbone], device, self.config.map_offload):
                 features.append(self.backbone(frames).float().mean((1, 2, 3)).cpu())
         width = int(self.ranks.largest(features[0].shape[-1] if features else 0))
         found = torch.zeros(len(entries), width)

@@ -81,8 +81,7 @@ def preflight(config: Config) -> list[Finding]:
     findings.append(Finding("rollout", True, f"{rollout / 2:.2f} s per sample; latents C={c} T={t} H={h} W={w}"))
     findings.append(_replay(policy, traj, config))
     frames = policy.decode(traj)
-    offload = config.model.offload
-    with visiting(trainer.reward.rewards.values(), policy.device, offload):
+    with visiting(trainer.reward.rewards.values(), policy.device, config.reward_offload):
         rewards, credit = trainer.reward(frames, pair)
     finite = bool(torch.isfinite(rewards).all())
     found = [
@@ -90,12 +89,12 @@ def preflight(config: Config) -> list[Finding]:
         for name, row in zip(trainer.reward.rewards, rewards.tolist(), strict=True)
     ]
     findings.append(Finding("reward", finite, "; ".join(found)))
-    with visiting([trainer.map_source.backbone], policy.device, offload):
+    with visiting([trainer.map_source.backbone], policy.device, config.map_offload):
         grid = traj.latent_shape[1:]
         maps = trainer.allocation_maps(frames, traj.prompts, grid, iteration=0, credit=credit)
         findings.append(_map(trainer, maps, traj, config.map.label))
     if trainer.reward_maps:
-        with visiting([trainer.reward_maps.backbone], policy.device, offload):
+        with visiting([trainer.reward_maps.backbone], policy.device, config.map_offload):
             for name, section in trainer.reward_maps.sections.items():
                 source = trainer.reward_maps.sources[section]
                 own = trainer.allocation_maps(frames, traj.prompts, grid, iteration=0, credit=credit, source=source)

@@ -53,9 +53,9 @@ class Rollouts:
     ) -> None:
         self.config, self.prompts, self.policy, self.reward, self.ranks = config, prompts, policy, reward, ranks
         overlap = config.reward.asynchronous
-        self.scoring = Background(policy.device, config.model.offload) if overlap else afterwards
+        self.scoring = Background(policy.device, config.reward_offload) if overlap else afterwards
         # a dropped sample may not be finite, and a backbone that waits on the CPU would be there during the rollout
-        self.early = overlap and config.reward.on_failure == "stop" and config.model.offload == "none"
+        self.early = overlap and config.reward.on_failure == "stop" and config.map_offload == "none"
         self.make_maps = make_maps
         own = ranks.share(config.num_samples)
         self.first, self.share = own.start, own.stop - own.start
@@ -77,7 +77,6 @@ class Rollouts:
         config = self.config
         batch = self.batch(iteration)
         own = self.ranks.share(len(batch.prompts))
-        offload = config.model.offload
         with self.ranks.together(), self.scoring(self.reward) as scoring:
             with clock("rollout"):
                 decoded, plan = self.sample(batch.take(own), iteration, scoring)
@@ -89,7 +88,7 @@ class Rollouts:
             with (
                 clock("reward"),
                 evidence(**frames),
-                visiting(self.reward.rewards.values(), self.policy.device, offload),
+                visiting(self.reward.rewards.values(), self.policy.device, config.reward_offload),
             ):
                 scored = scoring.scores([len(bucket.frames) for bucket in buckets])
         scores = [found.scores for found in scored]

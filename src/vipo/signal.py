@@ -233,7 +233,7 @@ def _map_maker(
     """
     device = trainer.policy.device if trainer.config.model.offload == "none" else "cpu"
     plain_kinds = [kind.model_copy(update={"control": None}) for kind in kinds.values()]
-    sources = shared_sources(trainer.config.map, trainer.map_source, plain_kinds, device)
+    sources = shared_sources(trainer.config.map, trainer.map_source, plain_kinds, trainer.config.map.device or device)
     for source in sources.values():
         source.check([prompt.text for prompt in trainer.prompts])
 

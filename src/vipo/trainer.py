@@ -37,7 +37,7 @@ from .runlog import PhaseClock, read_metrics
 from .safety import NonFiniteGuard, evidence, require_finite_gradients, undone_if_not_finite
 from .schedule import learning_rate
 from .session import Resume, Session
-from .types import Experience, NonFiniteError, PromptBatch, Trajectory, require_finite
+from .types import Experience, NonFiniteError, PromptBatch, Trajectory, find_device, require_finite
 from .watch import KL, Watch, mean_kl
 
 _NOT_MEANS = {"sums": ("constant",), "maxima": ("max",)}
@@ -86,11 +86,18 @@ class Trainer:
             raise ValueError(f"reward: one object was given for several names: {', '.join(weights)}; name one")
         given = None if reward is None else dict.fromkeys(weights, reward)
         shared: dict[Any, Any] = {}  # models that held-out rewards use too
-        rewards = given or load_rewards(list(weights), waits, config.reward.paths, config.reward.options, shared)
-        self.reward = RewardMixture(rewards, weights)
-        self.map_source = MapSource(config.map, waits, psm=psm, allow_pickle=config.model.allow_pickle)
+        for key, elsewhere in (("reward.device", config.reward.device), ("map.device", config.map.device)):
+            find_device(elsewhere, key)
+        home = config.reward.device or waits
+        rewards = given or load_rewards(list(weights), home, config.reward.paths, config.reward.options, shared)
+        self.reward = RewardMixture(rewards, weights, config.reward.device)
+        self.map_source = MapSource(
+            config.map, config.map.device or waits, psm=psm, allow_pickle=config.model.allow_pickle
+        )
         own = config.reward_maps
-        self.reward_maps = RewardMaps(config.map, self.map_source, own, list(weights), waits) if own else None
+        self.reward_maps = (
+            RewardMaps(config.map, self.map_source, own, list(weights), config.map.device or waits) if own else None
+        )
         (self.reward_maps or self.map_source).check([prompt.text for prompt in self.prompts])
         if config.model.gradient_checkpointing:
             self.policy.enable_gradient_checkpointing()
@@ -279,7 +286,7 @@ class Trainer:
         source = source or self.map_source
         sizes = iter([len(traj) for traj in found.trajectories])
         first, maps = found.own.start, []
-        with visiting([source.backbone], self.policy.device, self.config.model.offload):
+        with visiting([source.backbone], self.policy.device, self.config.map_offload):
             for bucket, credit in zip(found.buckets, found.credits, strict=True):
                 parts, start = [], 0
                 while start < len(bucket.frames):

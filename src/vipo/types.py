@@ -62,7 +62,7 @@ def check_choice(name: str, value: str, allowed: Collection[str]) -> None:
         raise ValueError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}{hint}")
 
 
-def find_device(name: str | torch.device | None) -> torch.device:
+def find_device(name: str | torch.device | None, key: str = "device") -> torch.device:
     """Return a torch device that this machine has; None = cuda where there is one, else cpu.
 
     Raises:
@@ -75,7 +75,7 @@ def find_device(name: str | torch.device | None) -> torch.device:
         present = False
     if not present:
         found = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))])
-        raise ValueError(f"device: {str(name)!r} is not to be had by this torch here; expected one of {found}")
+        raise ValueError(f"{key}: {str(name)!r} is not to be had by this torch here; expected one of {found}")
     return device
 
 

@@ -23,7 +23,7 @@ from ..files import write_atomically
 from ..maps import MapSource
 from ..measures import drift, mean_pairwise_distance
 from ..media import write_animation, write_image
-from ..offload import visiting
+from ..offload import Offload, visiting
 from ..pictures import overlay_clips
 from ..prompts import read_prompts, spread, unique_prompts
 from ..report import render_report
@@ -67,12 +67,12 @@ def compare(
     check_output(output)
     prompts, repeated = _choose(contest, options)
     config = contest.config
-    device = find_device(config.model.device)
-    waits = "cpu" if config.model.offload != "none" else device
+    scored_on = find_device(config.reward.device or config.model.device, "reward.device or model.device")
+    seen_on = find_device(config.map.device or config.model.device, "map.device or model.device")
     named = config.reward
-    rewards = load_rewards(list(named.weights), waits, named.paths, named.options)
+    rewards = load_rewards(list(named.weights), _waits(scored_on, config.reward_offload), named.paths, named.options)
     plain = config.map.model_copy(update={"source": "psm", "path": None, "control": None})
-    source = MapSource(plain, waits, allow_pickle=config.model.allow_pickle)
+    source = MapSource(plain, _waits(seen_on, config.map_offload), allow_pickle=config.model.allow_pickle)
     store = SampleStore(output / SAMPLES, prompts, options.seeds, config, seed=options.seed)
 
     def tell(stage: str) -> Callable[[int], None]:
@@ -83,16 +83,21 @@ def compare(
     scores: dict[str, dict[str, Values]] = {}
     for names in sharing(rewards):
         group = {name: rewards[name] for name in names}
-        with visiting(group.values(), device, config.model.offload):
-            scores |= _scores(store, contest, group, device, tell(", ".join(names)))
+        with visiting(group.values(), scored_on, config.reward_offload):
+            scores |= _scores(store, contest, group, scored_on, tell(", ".join(names)))
     scores = {name: scores[name] for name in rewards}
-    with visiting([source.backbone], device, config.model.offload):
-        diversity, changes = _looks(store, contest, source, device, tell("diversity, drift"))
+    with visiting([source.backbone], seen_on, config.map_offload):
+        diversity, changes = _looks(store, contest, source, seen_on, tell("diversity, drift"))
     record = make_record(contest, options, prompts, repeated, Measured(scores, diversity, changes))
     record["pairs"] = _save_pairs(output, store, contest, source, record)
     write_atomically(output / EVAL, json.dumps(record, indent=1, allow_nan=False) + "\n")
     render_report(output)
     return record
+
+
+def _waits(device: torch.device, offload: Offload) -> torch.device:
+    """Where a model is between two uses."""
+    return device if offload == "none" else torch.device("cpu")
 
 
 def check_output(folder: Path) -> None:

@@ -203,7 +203,9 @@ def sharing(rewards: Mapping[str, Reward]) -> list[list[str]]:
 
 
 @torch.no_grad()
-def score(reward: Reward, frames: Tensor, prompts: Sequence[str], name: str = "") -> Scores:
+def score(
+    reward: Reward, frames: Tensor, prompts: Sequence[str], name: str = "", device: torch.device | str | None = None
+) -> Scores:
     """Apply a reward and check what comes back, on the frames' device; the rewards may not be finite.
 
     Args:
@@ -211,6 +213,7 @@ def score(reward: Reward, frames: Tensor, prompts: Sequence[str], name: str = ""
         frames: (N, F, 3, Y, X), in [0, 1].
         prompts: N.
         name: "package.module:function" of a user's reward, for the error when it raises.
+        device: where the reward wants its frames; None for where they are.
 
     Raises:
         ValueError: the reward returned anything but N numbers, or these and a credit map (N, F, h, w), or a user's
@@ -218,7 +221,7 @@ def score(reward: Reward, frames: Tensor, prompts: Sequence[str], name: str = ""
     """
     sizes = check_shape("frames", frames, "N F 3 Y X", {"N": len(prompts)})
     with calling(f"reward {name!r}") if ":" in name else contextlib.nullcontext():
-        found = reward(frames, prompts)
+        found = reward(frames if device is None else frames.to(device), prompts)
     values, credit = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
     expected = f"reward: expected one number per sample, shape ({len(prompts)},), got"
     try:

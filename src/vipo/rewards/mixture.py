@@ -20,10 +20,16 @@ class RewardMixture:
     Args:
         rewards: by name.
         weights: by name, any sign but not 0; default 1 each.
+        device: where the rewards want their frames, if not where these are.
     """
 
-    def __init__(self, rewards: Mapping[str, Reward], weights: Mapping[str, float] | None = None) -> None:
-        self.rewards = dict(rewards)
+    def __init__(
+        self,
+        rewards: Mapping[str, Reward],
+        weights: Mapping[str, float] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.rewards, self.device = dict(rewards), device
         self.weights = torch.tensor([1.0 if weights is None else weights[name] for name in self.rewards])
 
     def __call__(self, frames: Tensor, prompts: Sequence[str]) -> Scores:
@@ -35,7 +41,7 @@ class RewardMixture:
         Raises:
             ValueError: a reward returned something else, or several returned a credit map.
         """
-        found = {name: score(reward, frames, prompts, name) for name, reward in self.rewards.items()}
+        found = {name: score(reward, frames, prompts, name, self.device) for name, reward in self.rewards.items()}
         credits = {name: scores.credit for name, scores in found.items() if scores.credit is not None}
         if len(credits) > 1:
             raise ValueError(f"reward: expected a credit map of one reward at most, got {', '.join(credits)}")
