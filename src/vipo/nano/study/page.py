@@ -189,9 +189,10 @@ def _epochs(kind: Kind, records: Mapping[str, Any], arms: Mapping[str, BY_SEED])
             rows.append(
                 [arm.label, "its own one epoch", *(str(difference(twice[arm.name], arms[arm.name], n)) for n in names)]
             )
-            if arm.name != "grpo":
-                found = [str(difference(twice[arm.name], twice["grpo"], n)) for n in names]
-                rows.append([arm.label, "scalar GRPO, two epochs", *found])
+            for other in FIRST[: FIRST.index(arm)]:
+                if other.name in twice:
+                    found = [str(difference(twice[arm.name], twice[other.name], n)) for n in names]
+                    rows.append([arm.label, f"{other.label}, two epochs", *found])
     return "Two epochs, paired differences:\n\n" + table(["arm", "less", *(m.label for m in kind.metrics)], rows)
 
 
