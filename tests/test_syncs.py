@@ -49,7 +49,9 @@ def test_more_steps_wait_no_more(tmp_path):
     assert few["trainer.py:accumulate"] == 1  # losses
 
 
-def test_micro_batches_wait_no_more(tmp_path):
+def test_micro_batches_wait_for_their_checks_only(tmp_path):
     whole, parts = reads(tmp_path), reads(tmp_path, sampling={"micro_batch": 2})
-    once_each = {"types.py:require_finite_steps"}  # a rollout's latents and log-probs
+    # a rollout's latents and log-probs; the ranges of a map's frames and features, after all rollouts
+    once_each = {"types.py:require_finite_steps", "__init__.py:features"}
+    assert all(parts[place] == 3 * whole[place] > 0 for place in once_each)
     assert {place for place in parts if parts[place] > whole[place]} <= ON_THE_HOST | once_each
