@@ -152,7 +152,7 @@ class Rollouts:
         if self.config.parallel.in_step:
             self.ranks.equal("sampling.micro_batch: the number of micro-batches", len(runs))
         for run in runs:
-            # to sample the next one from sharded weights needs all ranks, also where a map beside the rollout has failed
+            # the next one of sharded weights needs all ranks, also where a map beside the rollout has failed
             with self.ranks.together() if self.config.parallel.in_step else contextlib.nullcontext():
                 traj = self.policy.rollout(
                     [batch.prompts[i] for i in run],
