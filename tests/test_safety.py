@@ -165,6 +165,19 @@ def numbers_of(optimizer):
     return {(i, key): value.clone() for i, entry in state.items() for key, value in entry.items()}
 
 
+def test_a_count_that_is_no_tensor_is_undone_too():
+    """As bitsandbytes has it, and torch's SparseAdam."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SparseAdam([weight])
+    weight.grad = torch.ones(2).to_sparse()
+    optimizer.step()
+    before = weight.detach().clone()
+    with pytest.raises(NonFiniteError), safety.undone_if_not_finite(optimizer, True):
+        optimizer.step()
+        require_finite("loss", torch.tensor(float("nan")))
+    assert optimizer.state[weight]["step"] == 1 and torch.equal(weight, before)
+
+
 def test_the_limit_of_skipped_iterations_holds_over_a_resume(tmp_path):
     optimizer = {"skip_nonfinite": 1}
     first = make(tmp_path, optimizer=optimizer, run={"iterations": 2, "save_every": 1})

@@ -55,7 +55,7 @@ def undone_if_not_finite(
         return
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     moments = [value for p in trained for value in optimizer.state.get(p, {}).values() if isinstance(value, Tensor)]
-    known = {p for p in trained if p in optimizer.state}
+    known = {p: dict(optimizer.state[p]) for p in trained if p in optimizer.state}
     tensors = [local(tensor.detach()) for tensor in (*trained, *average, *moments)]
     kept = [tensor.to("cpu", copy=True) for tensor in tensors]
     try:
@@ -63,8 +63,11 @@ def undone_if_not_finite(
     except NonFiniteError:
         for tensor, value in zip(tensors, kept, strict=True):  # in place, as the optimizer changed them
             tensor.copy_(value)
-        for p in set(trained) - known:  # those of a first iteration
-            optimizer.state.pop(p, None)
+        for p in trained:
+            if p in known:  # the same tensors, and what is none: bitsandbytes counts in an int
+                optimizer.state[p].update(known[p])
+            else:  # those of a first iteration
+                optimizer.state.pop(p, None)
         raise
 
 
