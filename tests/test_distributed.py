@@ -36,6 +36,11 @@ CONFIG = {
 }
 SHARD, FULL = {"parallel": {"shard": True}}, {"model": {"train": "full"}}
 OFFLOAD = {"parallel": {"shard": True, "cpu_offload": True}}
+BESIDE = {
+    "reward": {"async": True},
+    "map": {"control": None, "source": "ranks:gone_on_rank_1"},
+    "sampling": {"micro_batch": 1},
+}
 AVERAGE, KL = {"optimizer": {"ema": 0.5}}, {"loss": {"kl_beta": 0.1}}
 
 
@@ -114,6 +119,7 @@ def found(tmp_path_factory):
         case("skip_one", 1, undone, iterations=4, bad=[["advantages", 0, 1], ["latents", 0, 2]]),
         case("skip_two", 2, undone, small, iterations=4, bad=met),
         case("skip_sharded", 2, undone, small, {"parallel": {"shard": True}}, iterations=4, bad=met),
+        case("skip_beside", 2, once, SHARD, BESIDE),
         case("skip_limit", 2, once, bad=[["latents", 1, 0], ["advantages", 0, 1]]),
     ]
     resumed = [
@@ -239,6 +245,12 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_all(found, name):
     for rank in found[name]:
         assert [line.get("skipped", 0) for line in rank["metrics"]] == [0, 1, 1, 0]
         assert [line["skipped_iterations"] for line in rank["metrics"]] == [0, 1, 2, 2]
+
+
+def test_a_map_beside_the_rollout_that_fails_on_one_rank_is_skipped_by_all(found):
+    """One rank learns of it between two micro-batches, for which sharded weights need all."""
+    for rank in found["skip_beside"]:
+        assert [line.get("skipped", 0) for line in rank["metrics"]] == [1, 0]
 
 
 def test_the_limit_of_skipped_iterations_counts_those_of_all_ranks(found):

@@ -152,7 +152,7 @@ class Rollouts:
         if self.config.parallel.in_step:
             self.ranks.equal("sampling.micro_batch: the number of micro-batches", len(runs))
         for run in runs:
-            # to sample the next one from sharded weights needs all ranks
+            # to sample the next one from sharded weights needs all ranks, also where a map beside the rollout has failed
             with self.ranks.together() if self.config.parallel.in_step else contextlib.nullcontext():
                 traj = self.policy.rollout(
                     [batch.prompts[i] for i in run],
@@ -161,9 +161,9 @@ class Rollouts:
                     num_inference_steps=sampling.num_inference_steps,
                     **{**sampling.pipeline_call, **batch.entries[run[0]].call},
                 )
-            frames = self.policy.decode(traj)
-            maps = partial(self._maps, frames, traj.prompts, traj.latent_shape[1:], iteration, self.first + run[0])
-            scoring.ask(frames, traj.prompts, maps if self.early else None)
+                frames = self.policy.decode(traj)
+                maps = partial(self._maps, frames, traj.prompts, traj.latent_shape[1:], iteration, self.first + run[0])
+                scoring.ask(frames, traj.prompts, maps if self.early else None)
             plan = plan or self._choose_steps(traj, iteration)
             traj.keep([k for steps in plan for k in steps])
             decoded.append((traj.to("cpu") if sampling.store_on_cpu else traj, frames))
