@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import sys
+import time
 import traceback
 from importlib import import_module
 from pathlib import Path
@@ -19,6 +20,7 @@ from tiny_pipelines import build
 from vipo.config import Config
 from vipo.distributed import RankError, leave, local, whole
 from vipo.fitting import OutOfMemory
+from vipo.runlog import PhaseClock
 from vipo.safety import NonFiniteGuard
 from vipo.trainer import Trainer
 
@@ -90,6 +92,8 @@ def run(case, folder, rank):
     run = {"output": output, "iterations": case["iterations"], "tensorboard": False}
     config["run"] = {**run, **config.get("run", {})}
     config["prompts"] = {"path": str(folder / "prompts.txt"), **config["prompts"]}
+    if case.get("hangs") == rank:
+        Trainer._step = hanging(folder / f"{case['name']}_0.json")
     if case.get("runs_out") == rank:
         Trainer._accumulate = out_of_memory(Trainer._accumulate)
     trainer = Trainer(Config.from_mapping(config))
@@ -130,6 +134,22 @@ def out_of_memory(accumulate):
         accumulate(trainer, traj, *arguments, **more)
 
     return replay
+
+
+def hanging(file):
+    """A step that waits within a call of the denoiser until rank 0 has given up, or for 30 s, and then ends."""
+
+    def hang(*arguments):
+        ended = time.monotonic() + 30
+        while not file.exists() and time.monotonic() < ended:
+            time.sleep(0.1)
+        os._exit(9)
+
+    def step(trainer, iteration):
+        trainer.policy.denoiser.register_forward_pre_hook(hang)
+        return trainer.experience(iteration, PhaseClock(trainer.policy.device))
+
+    return step
 
 
 @contextlib.contextmanager

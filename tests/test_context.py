@@ -58,6 +58,7 @@ def more_found(tmp_path_factory):
         case("flux_two", 2, PICTURE, CONTEXT, family="flux"),
         case("flux2_one", 1, FLUX2, family="flux2"),
         case("flux2_two", 2, FLUX2, CONTEXT, family="flux2"),
+        clip("hangs", 4, {"parallel": {"context": 2, "timeout": 5}}, iterations=1, hangs=1),
         clip("auto", 2, CONTEXT, {"sampling": {"micro_batch": "auto"}}, iterations=1),
     ]
     return run(tmp_path_factory.mktemp("more"), cases)
@@ -92,6 +93,13 @@ def test_a_run_goes_on_without_sharing_tokens(found):
 @pytest.mark.slow
 def test_auto_tries_a_micro_batch_on_all_ranks(more_found):
     assert [rank["metrics"][0]["micro_batch"] for rank in more_found["auto"]] == [4, 4]
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_waited_for_no_longer_than_asked(more_found):
+    """Its neighbour waits in the group of the two, which is not that of all ranks."""
+    assert "parallel.timeout = 5 s" in more_found["hangs"][0]["error"]
+    assert "Timed out waiting 5000ms" in more_found["hangs"][0]["error"]
 
 
 def test_a_loss_that_is_not_finite_ends_all(found):

@@ -8,6 +8,7 @@ the gather hands each rank back the gradient of its own tokens only, a parameter
 from __future__ import annotations
 
 import functools
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -59,6 +60,8 @@ def share_tokens(module: nn.Module, device: torch.device, *, ranks: Ranks) -> No
     shared = ContextParallelConfig(ulysses_degree=context, mesh=mesh)
     denoiser._parallel_config = ParallelConfig(context_parallel_config=shared)
     denoiser._parallel_config.setup(ranks.rank, ranks.world, device, mesh=mesh)
+    for group in (*mesh.get_all_groups(), shared._flattened_mesh.get_group()):
+        group.set_timeout(timedelta(seconds=ranks.timeout))  # a mesh's groups have torch's default
     for part in module.modules():
         if (processor := getattr(part, "processor", None)) is not None:
             processor._parallel_config = denoiser._parallel_config
