@@ -216,6 +216,15 @@ def test_other_bad_input(tmp_path, monkeypatch, capsys):
     assert Path("demo/thesis.txt").read_text() == "precious"
 
 
+@pytest.mark.parametrize("command", ["demo", "report run", "eval run", "maps a.png -o out", "check nano_vipo --signal"])
+def test_what_is_one_process_is_refused_under_torchrun(tmp_path, monkeypatch, capsys, command):
+    """Two of `vipo eval` wrote the same files: one found those of the other gone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "one process does this, got WORLD_SIZE=2" in fails(capsys, *command.split())
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_nan_reward_names_the_sample_and_loses_nothing(tmp_path, monkeypatch, capsys):
     (tmp_path / "bad_reward.py").write_text(
         "import torch\n\n\ndef nan(frames, prompts):\n    return torch.full((len(frames),), float('nan'))\n"

@@ -371,3 +371,16 @@ def test_the_command_line_under_torchrun(tmp_path):
     assert done.stdout.count("report:") == 1 and (tmp_path / "run" / "report.html").is_file()
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["ranks"] == 2
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_the_check_under_torchrun_is_of_a_rank_and_told_once(tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3", "-m", "vipo"]
+    config = ["--prompts.per_iteration=2", "--prompts.group_size=6", "--sampling.num_inference_steps=2"]
+    run = [*config, f"--run.output={tmp_path / 'run'}"]
+    done = subprocess.run([*torchrun, "check", "nano_vipo", *run], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("clipping") == 1 and done.stdout.splitlines()[-1] == "go"
+    assert "sampling, decoding and replay of 4 at once" in done.stdout
+    uneven = subprocess.run([*torchrun, "check", "nano_vipo", "--prompts.group_size=8"], capture_output=True, text=True)
+    assert uneven.returncode and "32 samples cannot be shared evenly by 3 ranks" in uneven.stderr

@@ -22,6 +22,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' loading bars; ours are rich's
     options = parse(sys.argv[1:] if argv is None else list(argv), _COMMANDS)
     try:
+        if options.command not in (_train, _check):
+            _require_one_process()
         code = options.command(options)
     except (ValueError, FloatingPointError, OSError, RuntimeError) as error:
         if type(error) is RuntimeError:  # not one of ours: a programming error, whose trace is wanted
@@ -33,6 +35,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("vipo: interrupted; what was finished is on the disk (vipo train goes on with --resume)", file=sys.stderr)
         code = 130
     sys.exit(code)
+
+
+def _require_one_process() -> None:
+    """Raise ValueError where torchrun has started several: each would do the whole, and write the same files."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    if int(world) > 1:
+        raise ValueError(
+            f"one process does this, got WORLD_SIZE={world}: several do vipo train, and vipo check without "
+            "--signal; start it without torchrun"
+        )
 
 
 def _load(options: argparse.Namespace) -> Any:
@@ -221,6 +233,7 @@ def _check(options: argparse.Namespace) -> int:
     if options.signal and options.memory:
         raise ValueError("--signal and --memory: give one of them")
     if options.signal:
+        _require_one_process()
         return _signal(options)
     for name in ("groups", "maps", "json"):
         if getattr(options, name) is not None:
@@ -240,9 +253,10 @@ def _check(options: argparse.Namespace) -> int:
     table = Table("part", "", "finding")
     for finding in findings:
         table.add_row(finding.name, "[green]ok[/]" if finding.ok else "[red]FAILED[/]", finding.detail)
-    Console().print(table)
     failed = [finding.name for finding in findings if not finding.ok]
-    print("go" if not failed else f"no-go: {', '.join(failed)}")
+    if failed or os.environ.get("RANK", "0") == "0":
+        Console().print(table)
+        print("go" if not failed else f"no-go: {', '.join(failed)}")
     print(*(f"  {finding.name}: {finding.detail}\n" for finding in findings if not finding.ok), sep="", end="")
     return 2 if failed else 0
 

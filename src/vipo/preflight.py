@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import resource
 import sys
 import time
@@ -41,7 +42,7 @@ class Finding:
 
 
 def preflight(config: Config) -> list[Finding]:
-    """Try every part of a run on one group of two samples.
+    """Try every part of a run on one group of two samples; under torchrun on one per rank, or group of ranks.
 
     Args:
         config: the run.
@@ -53,11 +54,13 @@ def preflight(config: Config) -> list[Finding]:
         ValueError: a part cannot even be loaded.
     """
     small = config.model_dump()
-    small["prompts"].update(per_iteration=1, group_size=2)
+    shares = max(1, int(os.environ.get("WORLD_SIZE", "1")) // config.parallel.context)
+    small["prompts"].update(per_iteration=shares, group_size=2)
     small["sampling"]["micro_batch"] = config.sampling.given_micro_batch or 2
     findings = [_output(config)]
     trainer = Trainer(Config.model_validate(small))
     policy, prompts = trainer.policy, trainer.prompts
+    trainer.ranks.share(config.num_samples)
     findings.append(Finding("prompts", True, f"{len(prompts)} prompts in {config.prompts.path}"))
     count = sum(p.numel() for p in trainer.parameters)
     findings.append(
@@ -107,8 +110,8 @@ def preflight(config: Config) -> list[Finding]:
 
 def _memory(trainer: Trainer, config: Config) -> Finding:
     """Try one sample and two, and draw the line to the configured micro-batch: base + slope n bytes."""
-    used, auto = config.sampling.given_micro_batch or config.num_samples, config.sampling.micro_batch == "auto"
-    samples = config.num_samples
+    samples = config.num_samples // trainer.ranks.data_world
+    used, auto = config.sampling.given_micro_batch or samples, config.sampling.micro_batch == "auto"
     fit = trainer.fit(samples if auto else min(2, used), samples=samples)
     size = fit.micro_batch if auto else used
     need = fit.need(size)
@@ -147,7 +150,7 @@ def _one_step(trainer: Trainer, config: Config) -> Finding:
     """Time one whole iteration of two samples; the configured run takes at most so much longer per sample."""
     started = time.perf_counter()
     trainer.step(0)
-    seconds = (time.perf_counter() - started) * config.num_samples / 2
+    seconds = (time.perf_counter() - started) * config.num_samples / trainer.config.num_samples
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
         2**20 if sys.platform == "darwin" else 2**10
     )  # bytes or KiB
