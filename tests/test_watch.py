@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 
@@ -37,8 +38,9 @@ def darkness(frames, prompts):
 
 
 def noisy(frames, prompts):
-    """Draws from torch's own generator, as a careless reward does."""
-    return brightness(frames, prompts) + torch.randn(len(frames))
+    """Draws from the global generators, as a careless reward does."""
+    noise = torch.from_numpy(np.random.randn(len(frames))) + random.random()
+    return brightness(frames, prompts) + torch.randn(len(frames)) + noise.float()
 
 
 def evaluation(diversity=(1.0, 1.0), **rewards):
@@ -228,7 +230,7 @@ def without_evaluations(run):
 
 
 def test_watching_changes_no_number_of_the_training(tmp_path):
-    """Not even where a trained and a held-out reward draw from torch's own generator."""
+    """Not even where a trained and a held-out reward draw from the global generators."""
     plain = watched(tmp_path, "plain", reward=noisy)
     plain.run()
     watching = watched(tmp_path, "watching", {"every": 1, "rewards": ["test_watch:noisy"]}, reward=noisy)

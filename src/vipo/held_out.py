@@ -7,6 +7,7 @@ RUN/evaluations/iteration_000000.json        the base: scores per prompt and sam
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,7 @@ from .offload import visiting
 from .policy import DiffusersPolicy
 from .prompts import noise_seed, read_prompts, split_batches, spread, unique_prompts
 from .rewards import Reward, load_rewards, score
+from .rng import rng_state, set_rng_state
 
 EVALUATIONS, FEATURES = "evaluations", "base_features.safetensors"
 LEAST_PROMPTS = 8
@@ -133,10 +135,14 @@ class HeldOut:
             f"{samples} each, against the base's with the same noise"
         )
 
-    def _undisturbed(self) -> Any:
-        """Give torch's random states back as they were."""
-        device = self.policy.device
-        return torch.random.fork_rng([device] if device.type == "cuda" else [])
+    @contextlib.contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """Give the global random states back as they were: a reward may draw from any."""
+        state, tensors = rng_state(self.policy.device)
+        try:
+            yield
+        finally:
+            set_rng_state(state, tensors, self.policy.device)
 
     def measure(self, iteration: int) -> Evaluation:
         """Sample and score the present weights; those of iteration 0 are what later ones are held against."""
