@@ -276,15 +276,21 @@ def disk(whole: dict) -> dict:
 
 
 def mount_below(folder: Path) -> str:
-    """Move a folder's content into a file system of its own there; returns why that cannot be done, or nothing."""
+    """Move a folder's content into a file system of its own there; returns why that cannot be done, or nothing.
+
+    Only this process and its children see it: it is gone with them, however they end.
+    """
     shutil.copytree(folder, "moved")
-    command = ["mount", "-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", folder]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except FileNotFoundError as error:
-        return str(error)
-    if done.returncode:
-        return done.stderr.strip() or f"mount ended with {done.returncode}"
+    libc, mounts = ctypes.CDLL(None, use_errno=True), 0x00020000  # CLONE_NEWNS
+    if libc.unshare(mounts):
+        return f"unshare: {os.strerror(ctypes.get_errno())}"
+    for command in (["--make-rprivate", "/"], ["-t", "tmpfs", "-o", f"size={ROOM}", "tmpfs", folder]):
+        try:
+            done = subprocess.run(["mount", *command], capture_output=True, text=True)
+        except FileNotFoundError as error:
+            return str(error)
+        if done.returncode:
+            return done.stderr.strip() or f"mount ended with {done.returncode}"
     shutil.copytree("moved", folder, dirs_exist_ok=True)
     return ""
 

@@ -99,6 +99,25 @@ def test_a_file_system_that_is_full_or_turns_read_only_leaves_the_last_good_one(
     test_a_checkpoint_that_cannot_be_written_leaves_the_last_good_one(report, cause, words)
 
 
+def test_what_was_mounted_is_gone_with_its_process(tmp_path, monkeypatch):
+    """Also where that is killed, and nobody unmounts."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    from interruptions import mount_below
+
+    if (child := os.fork()) == 0:
+        try:
+            (tmp_path / "reason").write_text(mount_below(Path("checkpoints")))
+            (tmp_path / "mounted").write_text(Path("/proc/self/mounts").read_text())
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    if reason := (tmp_path / "reason").read_text():
+        pytest.skip(f"no file system can be mounted here: {reason}")
+    assert f" {tmp_path}/checkpoints tmpfs " in (tmp_path / "mounted").read_text()
+    assert str(tmp_path) not in Path("/proc/self/mounts").read_text()
+
+
 def restless(frames, prompts):
     """Draws from all global generators, and fails for one sample now and then."""
     noise = torch.rand(len(frames)) + torch.from_numpy(np.random.rand(len(frames))).float() + random.random()
