@@ -246,6 +246,16 @@ def test_rewards_keep_the_paths_and_options_of_their_run(trained, tmp_path):
     assert other.config.reward.paths == {} and other.in_domain == {"nano"}
 
 
+def test_rewards_keep_the_device_of_their_run(trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    section = yaml.safe_load((folder / "config.yaml").read_text())
+    section["reward"]["device"] = "cuda:1"
+    (folder / "config.yaml").write_text(yaml.safe_dump(section))
+    assert contest_of_run(folder).config.reward.device == "cuda:1"
+    assert contest_of_run(folder, None, ["redness"], ["--reward.device=null"]).config.reward.device is None
+
+
 def test_fingerprints_are_of_bytes_and_names(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.safetensors").write_bytes(b"12")
@@ -286,7 +296,7 @@ BAD = [
     (["RUN", "--lora", "x"], "--lora and --trained go with --model"),
     (["RUN", "--checkpoint", 7], "no checkpoint of iteration 7; there are 1, 2"),
     (["RUN", "--loss.level=sample"], "vipo eval takes --model.KEY"),
-    (["RUN", "--reward.std=sample"], "vipo eval takes --reward.paths and --reward.options only"),
+    (["RUN", "--reward.std=sample"], "vipo eval takes --reward.paths, .options and .device only"),
     (["RUN", "--reward.paths={pickscore: here}"], "'pickscore' is not in reward.name"),
     (["RUN", "--reward.options={nano: {dtpe: float32}}"], "did you mean 'dtype'?"),
     (["RUN", "--sampling.num_inference_step=3"], "did you mean sampling.num_inference_steps?"),

@@ -125,7 +125,7 @@ def _eval(options: argparse.Namespace) -> int:
     are kept in OUTPUT/samples: an interrupted evaluation goes on where it was.
 
     Sampling is that of RUN's config, with --model the pipeline's own; --sampling.KEY=VALUE, --model.KEY=VALUE and
-    --map.KEY=VALUE override it as in vipo train; --reward.paths and --reward.options go with the named rewards."""
+    --map.KEY=VALUE override it as in vipo train; --reward.paths, .options and .device go with the named rewards."""
     sections = ("--model.", "--sampling.", "--map.", "--reward.")
     foreign = [text for text in options.overrides if not text.startswith(sections)]
     if foreign:

@@ -141,15 +141,16 @@ def _split(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _measured_by(config: Config, rewards: Sequence[str], overrides: Sequence[str]) -> Config:
-    """The config with these rewards, their paths and options those of the config unless the overrides have others."""
+    """The config with these rewards, their paths, options and device the config's unless the overrides have others."""
     given = apply_overrides({"reward": {}}, overrides)["reward"]
     section: dict[str, Any] = {"name": dict.fromkeys(rewards, 1.0)}
+    section["device"] = given.pop("device", config.reward.device)
     for key, known in (("paths", config.reward.paths), ("options", config.reward.options)):
         stated = given.pop(key, {})
         kept = {name: value for name, value in known.items() if name in rewards}
         section[key] = {**kept, **stated} if isinstance(stated, dict) else stated
     if given:
-        raise ValueError(f"--reward.{next(iter(given))}: vipo eval takes --reward.paths and --reward.options only")
+        raise ValueError(f"--reward.{next(iter(given))}: vipo eval takes --reward.paths, .options and .device only")
     return Config.from_mapping({**config.model_dump(mode="json"), "reward": section, "watch": {}})
 
 
