@@ -1,6 +1,7 @@
 """What comes from somebody else: files named in data files, weights, and code in model folders."""
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -9,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.utils import logging as diffusers_logging
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vipo.cli import main
 from vipo.comparison.sides import fingerprint
@@ -166,6 +168,50 @@ def test_allow_pickle_for_backbones(tmp_path):
         with pytest.raises(ValueError, match="weights not loadable"):
             FrozenBackbone.from_pretrained(bad, allow_pickle=True)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04", [1, 2], torch.ones(2), None])
+def test_a_bin_that_is_no_weights_is_one_line(tmp_path, content):
+    for part, name in (("backbone", "model"), ("t2i", "text_encoder/model")):
+        shutil.copytree(ASSETS / part, tmp_path / part)
+        (tmp_path / part / f"{name}.safetensors").unlink()
+        file = (tmp_path / part / name).with_name("pytorch_model.bin")
+        file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(ValueError, match="backbone .*: weights not loadable .*; give a folder"):
+        FrozenBackbone.from_pretrained(tmp_path / "backbone", allow_pickle=True)
+    with pytest.raises(ValueError, match="cannot load .*t2i: "):
+        load_pipeline(tmp_path / "t2i", allow_pickle=True)
+
+
+@pytest.mark.parametrize("index", ["no JSON", '{"weight_map": "../elsewhere"}', "[]"])
+def test_an_index_of_shards_that_is_none_is_one_line(tmp_path, index):
+    folder = as_pickles(ASSETS / "backbone", tmp_path / "b", {".": "model"})
+    (folder / "pytorch_model.bin").rename(folder / "pytorch_model-00001-of-00001.bin")
+    (folder / "pytorch_model.bin.index.json").write_text(index)
+    with pytest.raises(ValueError, match="backbone .*: weights not loadable .*; give a folder"):
+        FrozenBackbone.from_pretrained(folder, allow_pickle=True)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "safetensors"])
+def test_weights_that_are_missing_are_told_where_pickles_are_allowed(tmp_path, suffix):
+    folder = shutil.copytree(ASSETS / "t2i", tmp_path / "m")
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    found = load_file(file)
+    file.unlink()
+    missing = found.popitem()[0]
+    save = torch.save if suffix == "bin" else save_file
+    save(found, file.with_suffix(f".{suffix}"))
+    heard, handler = [], logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logger, level = logging.getLogger("diffusers"), diffusers_logging.get_verbosity()
+    logger.addHandler(handler)
+    diffusers_logging.set_verbosity_warning()  # as it is where nobody has set it
+    try:
+        load_pipeline(folder, allow_pickle=True)
+    finally:
+        logger.removeHandler(handler)
+        diffusers_logging.set_verbosity(level)
+    assert len(heard) == 1 and "not initialized" in heard[0] and missing in heard[0]
 
 
 def test_allow_pickle_on_the_command_line(tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -22,7 +22,10 @@ from .nano import resolve
 CALL_FILE = "vipo.json"
 """Optional file in a pipeline folder: {"call": {...}}, keywords that every call of this pipeline needs."""
 
-_NOT_LOADED = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
+_NOT_LOADED = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError),
+    *(SafetensorError, UnpicklingError, EOFError),
+)
 
 _ADAPTER_KEYS = (".lora_A.", ".lora_B.", ".lora.down.", ".lora.up.")
 """What marks an adapter's tensor in a file of PEFT or diffusers; other trainers' files are converted by diffusers."""
@@ -173,13 +176,21 @@ def _not_loadable(path: str, local: bool, error: Exception) -> ValueError:
 
 @contextlib.contextmanager
 def _without_alarm() -> Iterator[None]:
-    """Keep diffusers from logging as an error that there is no safetensors, before it reads the .bin as it is to."""
-    before = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
+    """Keep diffusers from logging as an error that there is no safetensors, before it reads the .bin as it is to.
+
+    What else it says is said, such as that weights are missing and were drawn at random.
+    """
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    expected = ("An error occurred while trying to fetch", "Defaulting to unsafe serialization")
+
+    def others(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(expected)
+
+    logger.addFilter(others)
     try:
         yield
     finally:
-        diffusers_logging.set_verbosity(before)
+        logger.removeFilter(others)
 
 
 def load_pipeline(
@@ -203,7 +214,7 @@ def load_pipeline(
             pipeline = DiffusionPipeline.from_pretrained(
                 path, dtype=dtype or torch.float32, use_safetensors=safe, local_files_only=local, **absent
             )
-    except (*_NOT_LOADED, UnpicklingError) as error:
+    except _NOT_LOADED as error:
         raise _not_loadable(path, local, error) from error
     settings = folder / CALL_FILE
     call = _read_mapping(settings).get("call") if local and settings.is_file() else {}
