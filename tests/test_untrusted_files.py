@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -190,6 +191,32 @@ def test_an_index_of_shards_that_is_none_is_one_line(tmp_path, index):
     (folder / "pytorch_model.bin.index.json").write_text(index)
     with pytest.raises(ValueError, match="backbone .*: weights not loadable .*; give a folder"):
         FrozenBackbone.from_pretrained(folder, allow_pickle=True)
+
+
+def in_two(folder, name):
+    """Split a part's safetensors into two .bin files with an index."""
+    found = load_file(folder / f"{name}.safetensors")
+    (folder / f"{name}.safetensors").unlink()
+    stem = name if name.startswith("diffusion") else "pytorch_model"
+    shards = [f"{stem}-0000{i}-of-00002.bin" for i in (1, 2)]
+    index = {key: shards[i % 2] for i, key in enumerate(found)}
+    for shard in shards:
+        torch.save({key: found[key] for key, where in index.items() if where == shard}, folder / shard)
+    (folder / f"{stem}.bin.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": index}))
+
+
+def test_weights_in_several_bins_are_read_or_said_not_to_be(tmp_path):
+    folder = shutil.copytree(ASSETS / "t2i", tmp_path / "m")
+    in_two(folder / "text_encoder", "model")
+    pipeline, embedded = load_pipeline(folder, allow_pickle=True)[0], load_pipeline("nano")[0]
+    ours, theirs = (p.text_encoder.state_dict() for p in (pipeline, embedded))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    in_two(folder / "vae", "diffusion_pytorch_model")
+    with pytest.raises(ValueError, match=r"m/vae has its weights in several .bin files.*AutoencoderKL.from_pretrained"):
+        load_pipeline(folder, allow_pickle=True)
+    AutoencoderKL.from_pretrained(folder / "vae", use_safetensors=False).save_pretrained(folder / "vae")
+    ours, theirs = (p.vae.state_dict() for p in (load_pipeline(folder, allow_pickle=True)[0], embedded))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])

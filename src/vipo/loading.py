@@ -140,7 +140,7 @@ def read_index(folder: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
 
     Raises:
         ValueError: it is none, or a component brings code of its own or, unless `allow_pickle`, has no weights in
-            safetensors.
+            safetensors, or has them in several .bin files, which diffusers' pipelines do not find.
     """
     index = _read_mapping(folder / "model_index.json")
     for name, entry in index.items():
@@ -151,11 +151,23 @@ def read_index(folder: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
                 f"pipeline: {folder} brings code of its own ({name}: {entry}), which is never run; give a pipeline of "
                 "diffusers, or build the object yourself and hand it to vipo.DiffusersPolicy"
             )
-        if library is not None and not allow_pickle:
-            require_safetensors("pipeline", folder / name)
+        if library is not None:
+            _require_readable(folder / name, entry[1], allow_pickle=allow_pickle)
     if "_class_name" not in index:
         raise ValueError(f"pipeline: {folder / 'model_index.json'} names no _class_name; is the folder complete?")
     return index
+
+
+def _require_readable(folder: Path, kind: Any, *, allow_pickle: bool) -> None:
+    """Raise ValueError for a component of which diffusers would not find, or may not read, the weights."""
+    if not allow_pickle:
+        require_safetensors("pipeline", folder)
+    elif (folder / "diffusion_pytorch_model.bin.index.json").is_file() and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"pipeline: {folder} has its weights in several .bin files, which diffusers does not find in a pipeline; "
+            f"convert them once: diffusers.{kind}.from_pretrained(FOLDER, use_safetensors=False).save_pretrained"
+            "(FOLDER), which reads tensors only"
+        )
 
 
 def _read_mapping(file: Path) -> dict[str, Any]:
