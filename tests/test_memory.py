@@ -104,13 +104,23 @@ def test_a_folder_of_configs_has_the_sizes_of_the_loaded_model(tmp_path, name):
 def test_the_command_shows_the_table_and_loads_no_weights(tmp_path):
     folder = configs_only(assets_path("t2i"), tmp_path / "configs")
     (tmp_path / "run.yaml").write_text(f"model: {{path: {folder}}}\nrun: {{output: {tmp_path / 'out'}}}\n")
-    shown = run("check", tmp_path / "run.yaml", "--memory", "--ranks", "4", "--shard", "--parallel.context=2")
+    shown = run(
+        "check",
+        tmp_path / "run.yaml",
+        "--memory",
+        "--ranks",
+        "4",
+        "--shard",
+        "--parallel.context=2",
+        "--map.device=cpu",
+    )
     assert shown.returncode == 0, shown.stderr
     for text in ("replicated", "sharded", "gathered blocks", "map's backbone nano", "sent per optimizer step", "total"):
         assert text in shown.stdout
     caption = " ".join(shown.stdout.split())
     assert "not counted: rewards (nano)" in caption and not (tmp_path / "out").exists()
     assert "parallel.context: activations are those of all tokens" in caption
+    assert "counted though map.device puts it on cpu: the backbone" in caption
 
 
 def refused(mapping, match):

@@ -141,7 +141,8 @@ def test_kl_above_its_bound(found, fires):
 
 
 @pytest.mark.parametrize(
-    ("metrics", "fires"), [({"eval/kl": 0.125}, False), ({"eval/kl": 0.126}, True), ({"kl": 1.0}, False)]
+    ("metrics", "fires"),
+    [({"eval/kl": 0.125}, False), ({"eval/kl": 0.126}, True), ({"eval/kl": float("nan")}, True), ({"kl": 1.0}, False)],
 )
 def test_kl_of_an_evaluation_above_its_bound(metrics, fires):
     assert bool(kl_at_evaluation(metrics, 0.125)) == fires

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -11,7 +12,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import logging as diffusers_logging
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -22,7 +22,10 @@ from .nano import resolve
 CALL_FILE = "vipo.json"
 """Optional file in a pipeline folder: {"call": {...}}, keywords that every call of this pipeline needs."""
 
-_NOT_LOADED = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
+_NOT_LOADED = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError),
+    *(SafetensorError, UnpicklingError, EOFError),
+)
 
 _ADAPTER_KEYS = (".lora_A.", ".lora_B.", ".lora.down.", ".lora.up.")
 """What marks an adapter's tensor in a file of PEFT or diffusers; other trainers' files are converted by diffusers."""
@@ -137,7 +140,7 @@ def read_index(folder: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
 
     Raises:
         ValueError: it is none, or a component brings code of its own or, unless `allow_pickle`, has no weights in
-            safetensors.
+            safetensors, or has them in several .bin files, which diffusers' pipelines do not find.
     """
     index = _read_mapping(folder / "model_index.json")
     for name, entry in index.items():
@@ -148,11 +151,23 @@ def read_index(folder: Path, *, allow_pickle: bool = False) -> dict[str, Any]:
                 f"pipeline: {folder} brings code of its own ({name}: {entry}), which is never run; give a pipeline of "
                 "diffusers, or build the object yourself and hand it to vipo.DiffusersPolicy"
             )
-        if library is not None and not allow_pickle:
-            require_safetensors("pipeline", folder / name)
+        if library is not None:
+            _require_readable(folder / name, entry[1], allow_pickle=allow_pickle)
     if "_class_name" not in index:
         raise ValueError(f"pipeline: {folder / 'model_index.json'} names no _class_name; is the folder complete?")
     return index
+
+
+def _require_readable(folder: Path, kind: Any, *, allow_pickle: bool) -> None:
+    """Raise ValueError for a component of which diffusers would not find, or may not read, the weights."""
+    if not allow_pickle:
+        require_safetensors("pipeline", folder)
+    elif (folder / "diffusion_pytorch_model.bin.index.json").is_file() and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"pipeline: {folder} has its weights in several .bin files, which diffusers does not find in a pipeline; "
+            f"convert them once: diffusers.{kind}.from_pretrained(FOLDER, use_safetensors=False).save_pretrained"
+            "(FOLDER), which reads tensors only"
+        )
 
 
 def _read_mapping(file: Path) -> dict[str, Any]:
@@ -173,13 +188,21 @@ def _not_loadable(path: str, local: bool, error: Exception) -> ValueError:
 
 @contextlib.contextmanager
 def _without_alarm() -> Iterator[None]:
-    """Keep diffusers from logging as an error that there is no safetensors, before it reads the .bin as it is to."""
-    before = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity(diffusers_logging.CRITICAL)
+    """Keep diffusers from logging as an error that there is no safetensors, before it reads the .bin as it is to.
+
+    What else it says is said, such as that weights are missing and were drawn at random.
+    """
+    logger = logging.getLogger("diffusers.models.modeling_utils")
+    expected = ("An error occurred while trying to fetch", "Defaulting to unsafe serialization")
+
+    def others(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(expected)
+
+    logger.addFilter(others)
     try:
         yield
     finally:
-        diffusers_logging.set_verbosity(before)
+        logger.removeFilter(others)
 
 
 def load_pipeline(
@@ -203,7 +226,7 @@ def load_pipeline(
             pipeline = DiffusionPipeline.from_pretrained(
                 path, dtype=dtype or torch.float32, use_safetensors=safe, local_files_only=local, **absent
             )
-    except (*_NOT_LOADED, UnpicklingError) as error:
+    except _NOT_LOADED as error:
         raise _not_loadable(path, local, error) from error
     settings = folder / CALL_FILE
     call = _read_mapping(settings).get("call") if local and settings.is_file() else {}

@@ -178,8 +178,8 @@ def kl_growth(lines: Sequence[Mapping[str, Any]], bound: float) -> list[WatchWar
 
 
 def kl_at_evaluation(metrics: Mapping[str, Any], bound: float) -> list[WatchWarning]:
-    """Find an `eval/kl` above `bound` nats per element and step; a line without one says nothing."""
-    if not metrics.get(KL, 0.0) > bound:
+    """Find an `eval/kl` above `bound` nats per element and step, or NaN; a line without one says nothing."""
+    if metrics.get(KL, 0.0) <= bound:
         return []
     return [
         WatchWarning(

@@ -51,6 +51,7 @@ def report(config: Config, ranks: int = 1, *, shard: bool = False) -> Any:
         f"not counted: rewards ({', '.join(config.reward.weights)}), the CUDA context, fragmentation, activations of "
         "encoders and backbone; tiling and slicing of the VAE only lower it"
         + ("; parallel.context: activations are those of all tokens" if config.parallel.context > 1 else "")
+        + (f"; counted though map.device puts it on {config.map.device}: the backbone" if config.map.device else "")
     )
     return table
 

@@ -42,6 +42,13 @@ class Backbone(Protocol):
         ...
 
 
+_NOT_LOADED = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError),
+    *(SafetensorError, UnpicklingError, EOFError),
+)
+"""What transformers and torch raise for a file of weights, or of their index, that is none."""
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type where it has none."""
     return next(iter(str(error).splitlines()), type(error).__name__)
@@ -291,7 +298,7 @@ def _load_model(name: str, *, allow_pickle: bool = False) -> PreTrainedModel:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except (OSError, RuntimeError, SafetensorError, UnpicklingError) as error:
+    except _NOT_LOADED as error:
         raise ValueError(f"backbone {name!r}: weights not loadable ({first_line(error)}); {fix}") from error
     # transformers only warns here and leaves such weights random, which would be a map of nothing.
     if loading["missing_keys"]:
