@@ -8,6 +8,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
+import diffusers  # noqa: F401  (now: its log handler keeps the stderr it finds, which in a test ends with the test)
 import torch
 
 torch.set_num_threads(1)

@@ -163,6 +163,18 @@ def test_frames_that_are_not_finite_are_named_before_the_backbone_sees_them(tmp_
         trainer.step(0)
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_score_that_is_not_finite_is_named_before_its_credit(tmp_path, asynchronous):
+    def reward(frames, prompts):
+        scores, credit = looks(frames, prompts)
+        return scores * float("nan"), credit * float("nan")
+
+    sections = {"sampling": {"micro_batch": 3}, "map": {"source": "reward"}}
+    trainer = make(tmp_path, reward=reward, rewards={"async": asynchronous}, **sections)
+    with pytest.raises(FloatingPointError, match="^reward 'nano' returned nan for sample 0"):
+        trainer.step(0)
+
+
 def test_a_failing_reward_stops_the_rollout_with_its_own_error(tmp_path):
     failed = threading.Event()
 

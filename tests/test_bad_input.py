@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from vipo.cli import main
 from vipo.manifest import seal
@@ -79,6 +79,18 @@ def truncated(part, name):
     def make(path):
         copy_of(part)(path)
         (path / name).write_bytes((path / name).read_bytes()[:5000])
+
+    return make
+
+
+def incomplete(part, name):
+    """Copy an embedded model whose file of weights lacks the first of them."""
+
+    def make(path):
+        copy_of(part)(path)
+        weights = load_file(path / name)
+        del weights[min(weights)]
+        save_file(weights, path / name, metadata={"format": "pt"})
 
     return make
 
@@ -247,6 +259,16 @@ ROWS = {
     "model: weights missing": model(
         copy_of("t2i", drop=["vae/diffusion_pytorch_model.safetensors"]),
         "cannot load m: .*vae",
+        "is the folder complete",
+    ),
+    "model: a weight missing": model(
+        incomplete("t2i", "transformer/diffusion_pytorch_model.safetensors"),
+        "cannot load m: weights of SD3Transformer2DModel are missing .*context_embedder.bias",
+        "is the folder complete",
+    ),
+    "model: a weight of the VAE missing": model(
+        incomplete("t2i", "vae/diffusion_pytorch_model.safetensors"),
+        "cannot load m: weights of AutoencoderKL are missing",
         "is the folder complete",
     ),
     "model: weights cut short": model(

@@ -295,6 +295,7 @@ def test_command_line(tmp_path):
         (["nano_vipo", "--signal", "--maps", "skewness"], "--maps: skewness: expected KEY=VALUE of the map section"),
         (["nano_vipo", "--signal", "--maps", "orientaton=library"], "did you mean map.orientation?"),
         (["nano_vipo", "--signal", "--maps", "orientation=up"], "map.orientation: "),
+        (["nano_vipo", "--signal", "--maps", "smoothing=0,device=cpu"], "use --map.device=cpu"),
         (["nano_vipo", "--signal", "--maps", "smoothing=["], "--maps: smoothing=[: [ is not a YAML value"),
         (["nano_vipo", "--signal", "--json", "."], "--json: . is a folder, expected a file"),
     ],

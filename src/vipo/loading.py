@@ -187,22 +187,32 @@ def _not_loadable(path: str, local: bool, error: Exception) -> ValueError:
 
 
 @contextlib.contextmanager
-def _without_alarm() -> Iterator[None]:
-    """Keep diffusers from logging as an error that there is no safetensors, before it reads the .bin as it is to.
+def _listening(*, allow_pickle: bool) -> Iterator[None]:
+    """Refuse a denoiser or VAE of which diffusers only says that weights are missing and were drawn at random.
 
-    What else it says is said, such as that weights are missing and were drawn at random.
+    With `allow_pickle` keep it from logging as an error that there is no safetensors, before it reads the .bin as told.
     """
     logger = logging.getLogger("diffusers.models.modeling_utils")
     expected = ("An error occurred while trying to fetch", "Defaulting to unsafe serialization")
+    level, shown, random = logger.level, logger.isEnabledFor(logging.WARNING), list[str]()
 
-    def others(record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith(expected)
+    def heard(record: logging.LogRecord) -> bool:
+        said = record.getMessage()
+        if "are newly initialized" in said:
+            random.append(said)
+        return (shown or record.levelno > logging.WARNING) and not (allow_pickle and said.startswith(expected))
 
-    logger.addFilter(others)
+    logger.addFilter(heard)
+    logger.setLevel(min(logger.getEffectiveLevel(), logging.WARNING))
     try:
         yield
     finally:
-        logger.removeFilter(others)
+        logger.removeFilter(heard)
+        logger.setLevel(level)
+    if random:
+        kind = random[0].removeprefix("Some weights of ").split()[0]
+        missing = random[0].partition("[")[2].partition("]")[0].split(", ")
+        raise ValueError(f"weights of {kind} are missing and would be random, such as {missing[0]}")
 
 
 def load_pipeline(
@@ -222,7 +232,7 @@ def load_pipeline(
     absent = {name: None for name, entry in index.items() if entry == [None, None]}  # such as SD3's T5
     safe = None if allow_pickle else True
     try:
-        with _without_alarm() if allow_pickle else contextlib.nullcontext():
+        with _listening(allow_pickle=allow_pickle):
             pipeline = DiffusionPipeline.from_pretrained(
                 path, dtype=dtype or torch.float32, use_safetensors=safe, local_files_only=local, **absent
             )

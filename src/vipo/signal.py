@@ -132,6 +132,8 @@ def map_kinds(config: Config, extra: Sequence[str] = ()) -> dict[str, MapConfig]
                 changes[key] = yaml.safe_load(value)
             except yaml.YAMLError:
                 raise ValueError(f"--maps: {text}: {value} is not a YAML value") from None
+        if "device" in changes:
+            raise ValueError(f"--maps: {text}: all maps are made on one device; use --map.device={changes['device']}")
         kinds[text] = own.changed(changes)
     return kinds
 

@@ -112,7 +112,9 @@ class Background:
 
             def call() -> Scored:
                 scores = reward(frames, prompts)
-                return Scored(scores, None if maps is None else maps(scores.credit))
+                if maps is None or not bool(torch.isfinite(scores.rewards).all()):  # a reward's NaN is named as such
+                    return Scored(scores)
+                return Scored(scores, maps(scores.credit))
 
             begun.append(thread.submit(call if self.stream is None else self._in_stream(self.stream, frames, call)))
             return begun[-1].result
