@@ -69,27 +69,32 @@ def scaling(found: dict[str, dict[str, Any]], gathered: dict[str, dict[str, int]
     """Markdown: memory per rank and bytes per optimizer step; then iterations of 1, 8 and 64 GPUs."""
     lines = [
         "| recipe | replicated | FSDP2, 8 | FSDP2, 64 | idle parts off: replicated | FSDP2, 8 | FSDP2, 64 |"
-        " replicas send per step | FSDP2 sends per step |",
-        "|---" * 9 + "|",
+        " replicas send per step | FSDP2 sends per step | by 8 |",
+        "|---" * 10 + "|",
     ]
-    speed = ["| recipe | 1 GPU, s | replicated, 8 | replicated, 64 | FSDP2, 8 | FSDP2, 64 |", "|---" * 6 + "|"]
+    speed = [
+        "| recipe | 1 GPU, s | replicated, 8 | replicated, 64 | FSDP2, 8 | FSDP2, 64 | FSDP2 by 8, 64 |",
+        "|---" * 7 + "|",
+    ]
     for name, recipe in found.items():
         config, unit = Config.from_yaml(RECIPES[name]), gathered[name]
         trained = recipe["bytes"]["trained"]["weights"]
         cells = [name]
         for offload in (False, True):
-            for ranks, sides in ((1, None), (8, unit), (64, unit)):
-                cells.append(gib(per_rank(recipe["bytes"], sides, ranks, offload=offload)["total"]))
+            for size, part in ((1, None), (8, unit), (64, unit)):
+                cells.append(gib(per_rank(recipe["bytes"], part, size, offload=offload)["total"]))
         alone = recipe["flops"]["iteration"] / SUSTAINED
-        times = [name, f"{alone:.0f}"]
-        for shard in (False, True):
-            for ranks, link in LINKS.items():
-                sent = traffic(config, unit["parameters"], trained, unit["calls"], ranks, shard=shard)
-                seconds = alone + sent["iteration"] / link
-                times.append(f"{seconds:.0f} ({alone / seconds:.0%})")
-            cells.append(f"{sent['optimizer step'] / 1e9:,.1f} GB")
+        sides: dict[tuple[int, int | None], dict[str, int]] = {
+            (ranks, size): traffic(config, unit["parameters"], trained, unit["calls"], ranks, size=size)
+            for ranks, size in ((8, None), (64, None), (8, 8), (64, 64), (64, 8))
+        }
+        waits = {key: sent["iteration"] / LINKS[key[0]] for key, sent in sides.items()}
+        inside = sides[8, 8]["iteration"]  # of a node; what goes beyond it is the rest
+        waits[64, 8] = inside / LINKS[8] + (sides[64, 8]["iteration"] - inside) / LINKS[64]
+        times = [f"{alone + wait:.0f} ({alone / (alone + wait):.0%})" for wait in waits.values()]
+        cells += [f"{sides[64, size]['optimizer step'] / 1e9:,.1f} GB" for size in (None, 64, 8)]
         lines.append("| " + " | ".join(cells) + " |")
-        speed.append("| " + " | ".join(times) + " |")
+        speed.append("| " + " | ".join([name, f"{alone:.0f}", *times]) + " |")
     return "\n".join([*lines, "", "Seconds per iteration of the same work on every GPU, and efficiency:", "", *speed])
 
 

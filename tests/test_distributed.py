@@ -92,6 +92,7 @@ def found(tmp_path_factory):
         case("four", 4, AVERAGE),
         case("sharded", 2, AVERAGE, SHARD),
         case("offloaded", 2, AVERAGE, OFFLOAD),
+        case("hybrid", 4, AVERAGE, {"parallel": {"shard": True, "shard_size": 2}}),
     ]
     both = FULL, AVERAGE, KL
     full = [
@@ -110,6 +111,7 @@ def found(tmp_path_factory):
         case("nan_rewards", 2, {"reward": {"name": "ranks:failing"}}, iterations=1),
         case("dies", 2, {"parallel": {"timeout": 30}}, dies=[1, 1]),
         case("uneven", 3, iterations=1),
+        case("no_groups", 2, {"parallel": {"shard": True, "shard_size": 3}}, iterations=1),
     ]
     undone = {"optimizer": {"skip_nonfinite": 2, "updates_per_rollout": 2, "step_fraction": 1.0, "ema": 0.5}}
     small = {"sampling": {"micro_batch": 2}, "parallel": {"timeout": 30}}
@@ -160,6 +162,7 @@ def found(tmp_path_factory):
         ("one", "four"),
         ("one", "sharded"),
         ("one", "offloaded"),
+        ("one", "hybrid"),
         ("full_one", "full_sharded"),
         ("idle_one", "idle_two"),
         ("skip_one", "skip_two"),
@@ -307,6 +310,11 @@ def test_samples_that_cannot_be_shared_are_refused(found):
     assert all("8 samples cannot be shared evenly by 3 ranks" in rank["error"] for rank in found["uneven"])
 
 
+def test_groups_that_do_not_divide_the_ranks_are_refused(found):
+    words = "parallel.shard_size: expected a divisor of the number of ranks, 2, got 3"
+    assert all(words in rank["error"] for rank in found["no_groups"])
+
+
 def test_alone_everything_is_what_it_was():
     ranks, values = Ranks(), {"a": torch.tensor(1.5)}
     parameter = torch.nn.Parameter(torch.ones(2))
@@ -359,6 +367,8 @@ def test_gradients_travel_in_buckets_of_one_kind(monkeypatch):
 def test_what_cannot_be_sharded_is_refused():
     with pytest.raises(ValueError, match="parallel.cpu_offload"):
         Config.from_mapping({"parallel": {"cpu_offload": True}})
+    with pytest.raises(ValueError, match="parallel.shard_size: goes with parallel.shard=true"):
+        Config.from_mapping({"parallel": {"shard_size": 2}})
 
 
 @pytest.mark.slow

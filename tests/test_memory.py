@@ -43,13 +43,16 @@ def test_bytes_sent_by_hand():
             "optimizer": {"step_fraction": 1.0, "updates_per_rollout": 2},
         }
     )
-    assert traffic(config, 1000, 80, 1, 4, shard=False) == {"optimizer step": 120, "iteration": 240}
-    sent = traffic(config, 1000, 80, 2, 4, shard=True)  # 3 micro-batches x 2 of 4 trained steps per update
+    assert traffic(config, 1000, 80, 1, 4, size=None) == {"optimizer step": 120, "iteration": 240}
+    sent = traffic(config, 1000, 80, 2, 4, size=4)  # 3 micro-batches x 2 of 4 trained steps per update
     assert sent["optimizer step"] == 3 * 6 * (2 * 1000 * 2 + 80) // 4
     assert sent["iteration"] == 2 * sent["optimizer step"] + 3 * 3 * 5 * 1000 * 2 // 4
-    assert not any(traffic(config, 1000, 80, 2, 1, shard=True).values())
+    assert not any(traffic(config, 1000, 80, 2, 1, size=1).values())
+    hybrid = traffic(config, 1000, 80, 2, 16, size=4)  # and 4 groups, which all-reduce a quarter of the gradient
+    assert hybrid["optimizer step"] == sent["optimizer step"] + 6 * 2 * 3 * 20 // 4
+    assert hybrid["iteration"] == sent["iteration"] + 12 * 2 * 3 * 20 // 4
     with_kl = config.model_copy(update={"loss": config.loss.model_copy(update={"kl_beta": 0.1})})
-    more = traffic(with_kl, 1000, 80, 2, 4, shard=True)["optimizer step"] - sent["optimizer step"]
+    more = traffic(with_kl, 1000, 80, 2, 4, size=4)["optimizer step"] - sent["optimizer step"]
     assert more == 3 * 6 * 1000 * 2 // 4
 
 
@@ -112,10 +115,19 @@ def test_the_command_shows_the_table_and_loads_no_weights(tmp_path):
         "4",
         "--shard",
         "--parallel.context=2",
+        "--parallel.shard=true",
+        "--parallel.shard_size=2",
         "--map.device=cpu",
     )
     assert shown.returncode == 0, shown.stderr
-    for text in ("replicated", "sharded", "gathered blocks", "map's backbone nano", "sent per optimizer step", "total"):
+    for text in (
+        "replicated",
+        "sharded by 2",
+        "gathered blocks",
+        "map's backbone nano",
+        "sent per optimizer step",
+        "total",
+    ):
         assert text in shown.stdout
     caption = " ".join(shown.stdout.split())
     assert "not counted: rewards (nano)" in caption and not (tmp_path / "out").exists()
@@ -144,6 +156,9 @@ def test_what_cannot_be_sized_is_one_line(tmp_path):
     refused({"model": {"path": str(folder)}}, "has SanaTransformer2DModel; it knows pipelines with a vae and one")
     with pytest.raises(ValueError, match="--ranks: expected at least 2, got 1"):
         memory.report(Config(), 1, shard=True)
+    three = Config.from_mapping({"parallel": {"shard": True, "shard_size": 3}})
+    with pytest.raises(ValueError, match="--ranks: expected a multiple of parallel.shard_size=3, got 8"):
+        memory.report(three, 8, shard=True)
 
 
 @pytest.mark.parametrize("state", ["float32", "8bit"])

@@ -71,7 +71,9 @@ def parse(argv: list[str], run: Run) -> argparse.Namespace:
     check.add_argument("--signal", action="store_true", help="instead: measure before training whether a map helps")
     check.add_argument("--memory", action="store_true", help="instead: reckon GPU memory per rank, without any weights")
     check.add_argument("--ranks", type=int, metavar="N", help="with --memory: GPUs (1)")
-    check.add_argument("--shard", action="store_true", help="with --memory: also sharded by FSDP2")
+    check.add_argument(
+        "--shard", action="store_true", help="with --memory: also sharded (FSDP2), see --parallel.shard_size"
+    )
     check.add_argument("--groups", type=int, metavar="M", help="with --signal: groups sampled (24)")
     check.add_argument(
         "--maps", nargs="+", metavar="KEY=VALUE", help="with --signal: further maps, as changes of the map section"

@@ -56,6 +56,6 @@ def _spread(config: Config, ranks: Ranks) -> Callable[[nn.Module, torch.device],
         if parallel.context > 1:
             share_tokens(denoiser, device, ranks=ranks)
         if parallel.shard:
-            shard(denoiser, device, cpu_offload=parallel.cpu_offload)
+            shard(denoiser, device, ranks=ranks, size=parallel.shard_size, cpu_offload=parallel.cpu_offload)
 
     return spread

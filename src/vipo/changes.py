@@ -22,7 +22,7 @@ REFUSED = {
 FREE = {
     *("run.output", "run.save_every", "run.keep", "run.keep_best", "run.sample_every", "run.tensorboard"),
     *("run.iterations", "prompts.path", "parallel.shard", "parallel.cpu_offload", "parallel.timeout"),
-    *("parallel.context", "model.allow_pickle"),
+    *("parallel.shard_size", "parallel.context", "model.allow_pickle"),
     *(f"watch.{key}" for key in WatchConfig.model_fields),
 }
 """Keys that change nothing of what an iteration computes; of prompts.path the content is compared instead, of watch

@@ -7,7 +7,6 @@ the gather hands each rank back the gradient of its own tokens only, a parameter
 
 from __future__ import annotations
 
-import functools
 from datetime import timedelta
 from typing import Any
 
@@ -18,9 +17,8 @@ from diffusers.hooks.context_parallel import ContextParallelGatherHook, ContextP
 from diffusers.models._modeling_parallel import ContextParallelInput, ParallelConfig
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from .distributed import Ranks
+from .distributed import Ranks, groups
 
 TRIED = ("Flux2Transformer2DModel", "FluxTransformer2DModel", "WanTransformer3DModel")
 """Denoisers whose log-probs and gradients were compared with those of one process."""
@@ -56,12 +54,12 @@ def share_tokens(module: nn.Module, device: torch.device, *, ranks: Ranks) -> No
         raise ValueError(
             f"parallel.context: DIFFUSERS_ATTN_BACKEND={backend.value} was not tried; expected native; unset it"
         )
-    mesh = _mesh(device.type, ranks.data_world, context)
+    names = ("data", "ring", "ulysses")
+    mesh = groups(device.type, (ranks.data_world, 1, context), names, ranks.timeout)
     shared = ContextParallelConfig(ulysses_degree=context, mesh=mesh)
     denoiser._parallel_config = ParallelConfig(context_parallel_config=shared)
     denoiser._parallel_config.setup(ranks.rank, ranks.world, device, mesh=mesh)
-    for group in (*mesh.get_all_groups(), shared._flattened_mesh.get_group()):
-        group.set_timeout(timedelta(seconds=ranks.timeout))  # a mesh's groups have torch's default
+    shared._flattened_mesh.get_group().set_timeout(timedelta(seconds=ranks.timeout))
     for part in module.modules():
         if (processor := getattr(part, "processor", None)) is not None:
             processor._parallel_config = denoiser._parallel_config
@@ -83,9 +81,3 @@ class _Split(ContextParallelSplitHook):  # type: ignore[misc]
             )
         part: Tensor = super()._prepare_cp_input(x, cp_input)
         return part
-
-
-@functools.cache
-def _mesh(kind: str, groups: int, context: int) -> DeviceMesh:
-    """The context groups of all ranks, made once for all denoisers of a process."""
-    return init_device_mesh(kind, (groups, 1, context), mesh_dim_names=("data", "ring", "ulysses"))

@@ -6,6 +6,7 @@ Without torchrun there is one rank and every function here returns what it was g
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -258,24 +259,46 @@ def start(*, device: str | None = None, timeout: float = 600.0, context: int = 1
 def leave() -> None:
     """Leave the other processes, all of which have finished."""
     if dist.is_initialized():
+        groups.cache_clear()
         dist.destroy_process_group()
 
 
-def shard(module: nn.Module, device: torch.device, *, cpu_offload: bool = False) -> None:
-    """Spread a module's parameters over all ranks (FSDP2), its repeated blocks one by one.
+def shard(
+    module: nn.Module, device: torch.device, *, ranks: Ranks, size: int | None = None, cpu_offload: bool = False
+) -> None:
+    """Spread a module's parameters over ranks (FSDP2), its repeated blocks one by one.
 
     Args:
         module: a denoiser of `diffusers`, which names its blocks.
         device: where it computes.
+        ranks: all processes.
+        size: neighbours that hold all weights between them, as every other such group does (hybrid sharding); None:
+            all ranks are one group.
         cpu_offload: keep the shards in the memory of the CPU between uses.
+
+    Raises:
+        ValueError: the ranks are no multiple of `size`.
     """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    if ranks.world % (size or 1):
+        raise ValueError(f"parallel.shard_size: expected a divisor of the number of ranks, {ranks.world}, got {size}")
+    size = size or ranks.world
+    mesh = groups(device.type, (ranks.world // size, size), ("replicas", "shards"), ranks.timeout)
+    mesh = mesh if ranks.world > size else mesh["shards"]
     pinned = device.type != "cpu"  # where there is an accelerator to copy to
     policy = CPUOffloadPolicy(pin_memory=pinned) if cpu_offload else OffloadPolicy()
     names = set(getattr(module, "_repeated_blocks", None) or []) | set(getattr(module, "_no_split_modules", None) or [])
     for block in reversed([part for part in module.modules() if type(part).__name__ in names]):  # inner ones first
         fully_shard(block, mesh=mesh, offload_policy=policy)
     fully_shard(module, mesh=mesh, offload_policy=policy)
+
+
+@functools.cache
+def groups(kind: str, shape: tuple[int, ...], names: tuple[str, ...], timeout: float) -> DeviceMesh:
+    """Groups of ranks along the axes of a mesh, made once for all denoisers; they wait `timeout` seconds."""
+    mesh = init_device_mesh(kind, shape, mesh_dim_names=names)
+    for group in mesh.get_all_groups():
+        group.set_timeout(timedelta(seconds=timeout))  # a mesh's groups have torch's default
+    return mesh
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -14,6 +14,9 @@ class ParallelConfig(Section):
 
     shard: bool = False
     """Spread the denoisers' weights, gradients and optimizer over the ranks (FSDP2); false: every rank has them all."""
+    shard_size: Annotated[int, Field(ge=2)] | None = None
+    """With shard: how many neighbours hold all weights between them (hybrid sharding: the GPUs of one machine); must
+    divide the number of ranks. null: all ranks."""
     cpu_offload: bool = False
     """With shard: keep the shards on the CPU between uses."""
     context: Positive = 1
@@ -28,6 +31,8 @@ class ParallelConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ParallelConfig:
+        if self.shard_size and not self.shard:
+            raise ValueError("parallel.shard_size: goes with parallel.shard=true")
         if self.cpu_offload and not self.shard:
             raise ValueError("parallel.cpu_offload: goes with parallel.shard=true; for one GPU see model.offload")
         return self

@@ -16,25 +16,29 @@ def report(config: Config, ranks: int = 1, *, shard: bool = False) -> Any:
     Args:
         config: of what one rank samples.
         ranks: N, GPUs.
-        shard: also a column for a denoiser sharded by FSDP2.
+        shard: also a column for a denoiser sharded by FSDP2, over groups of `parallel.shard_size` ranks.
 
     Raises:
-        ValueError: what the config names cannot be sized without its weights.
+        ValueError: what the config names cannot be sized without its weights; too few ranks to shard, or no groups.
     """
     import torch
     from rich.table import Table
 
     if ranks < 1 or shard and ranks < 2:
         raise ValueError(f"--ranks: expected at least {2 if shard else 1}, got {ranks}")
+    size = config.parallel.shard_size or ranks
+    if shard and ranks % size:
+        raise ValueError(f"--ranks: expected a multiple of parallel.shard_size={size}, got {ranks}")
     model = find_model(config)
     found = measure(config, model)
     denoiser = build(model.denoiser, getattr(torch, config.model.dtype))
     add_adapter(denoiser, config)
     held, trained = found["bytes"], found["bytes"]["trained"]["weights"]
-    columns = {"replicated" if ranks > 1 else "one GPU": None, **({"sharded": blocks(denoiser)} if shard else {})}
+    sharded = "sharded" if size == ranks else f"sharded by {size}"
+    columns = {"replicated" if ranks > 1 else "one GPU": None, **({sharded: blocks(denoiser)} if shard else {})}
     table = Table("GiB per rank", *columns, title=f"{config.model.path}, {ranks} rank{'s' * (ranks > 1)}")
     offload = config.model.offload != "none"
-    sides = {name: per_rank(held, units, ranks, offload=offload) for name, units in columns.items()}
+    sides = {name: per_rank(held, units, size, offload=offload) for name, units in columns.items()}
     for kind in next(reversed(sides.values())):
         label = f"map's backbone {kind}" if kind in model.backbones else kind
         table.add_row(label, *(gib(side.get(kind, 0)) for side in sides.values()), style="bold" * (kind == "total"))
@@ -43,7 +47,8 @@ def report(config: Config, ranks: int = 1, *, shard: bool = False) -> Any:
     calls = plan(model, config, sample.grid)[1]
     for kind in ("optimizer step", "iteration"):
         sent = [
-            traffic(config, parameters, trained, calls, ranks, shard=units is not None) for units in columns.values()
+            traffic(config, parameters, trained, calls, ranks, size=size if units else None)
+            for units in columns.values()
         ]
         if ranks > 1:
             table.add_row(f"sent per {kind}", *(gib(side[kind]) for side in sent))

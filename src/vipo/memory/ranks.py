@@ -33,11 +33,11 @@ def blocks(denoiser: nn.Module) -> dict[str, int]:
     return {"largest": max(sizes), "largest_trained": max(trained), "outside": whole - sum(sizes)}
 
 
-def per_rank(held: dict[str, Any], units: dict[str, int] | None, ranks: int, *, offload: bool) -> dict[str, int]:
-    """Bytes by kind on one of N ranks, each of which samples as much as `held` does.
+def per_rank(held: dict[str, Any], units: dict[str, int] | None, size: int, *, offload: bool) -> dict[str, int]:
+    """Bytes by kind on one of many ranks, each of which samples as much as `held` does.
 
         replicated:  every kind as on one GPU
-        sharded:     (weights + gradients + AdamW) / N + parameters outside blocks + 2 blocks + a block's gradients
+        sharded:     (weights + gradients + AdamW) / S + parameters outside blocks + 2 blocks + a block's gradients
 
     FSDP2 gathers the next block while one computes, hence two. Buffers count as weights. VAE, encoders and backbone
     are on every rank.
@@ -45,14 +45,14 @@ def per_rank(held: dict[str, Any], units: dict[str, int] | None, ranks: int, *, 
     Args:
         held: `bytes` of `vipo.memory.measure`.
         units: of `blocks`, for a sharded denoiser; None for a replicated one.
-        ranks: N.
+        size: S, ranks that hold a sharded denoiser between them.
         offload: idle parts are on the GPU only while they work.
 
     Returns:
         By kind; `total` is the peak, which is less than their sum: step and decode do not meet.
     """
     trained, idle = held["trained"], held["idle"]
-    share = 1 if units is None else ranks
+    share = 1 if units is None else size
     found = {
         "denoiser, frozen": -(-held["denoiser"] // share),
         **{name: -(-trained[key] // share) for name, key in _TRAINED.items()},
@@ -72,12 +72,15 @@ def per_rank(held: dict[str, Any], units: dict[str, int] | None, ranks: int, *, 
 _TRAINED = {"trained weights": "weights", "gradients": "gradients", "AdamW": "adamw"}
 
 
-def traffic(config: Config, parameters: int, trained: int, calls: int, ranks: int, *, shard: bool) -> dict[str, int]:
+def traffic(
+    config: Config, parameters: int, trained: int, calls: int, ranks: int, *, size: int | None
+) -> dict[str, int]:
     """Bytes that one of N ranks sends, as much as it receives, in ring collectives.
 
         replicated:  2 (N-1)/N T                                   one all-reduce of the gradients
-        sharded:     (N-1)/N (2 P c + T) per replayed micro-batch  all-gather forward and backward, reduce-scatter
-                     (N-1)/N P c per sampled micro-batch and step  all-gather, in the rollout
+        sharded:     (S-1)/S (2 P c + T) per replayed micro-batch  all-gather forward and backward, reduce-scatter
+                     2 (R-1)/R T/S per replayed micro-batch        all-reduce, of R = N/S such groups
+                     (S-1)/S P c per sampled micro-batch and step  all-gather, in the rollout
 
     A KL term's reference is one more forward pass per replayed micro-batch. What is outside blocks counts in P, though
     it is gathered once per pass.
@@ -88,7 +91,7 @@ def traffic(config: Config, parameters: int, trained: int, calls: int, ranks: in
         trained: T, bytes of the trained weights, and of their gradients.
         calls: c, denoiser calls per step.
         ranks: N.
-        shard: FSDP2, or replicas.
+        size: S, ranks that hold a sharded denoiser between them; None: every rank holds it.
 
     Returns:
         Bytes per `optimizer step` and per `iteration`.
@@ -96,13 +99,14 @@ def traffic(config: Config, parameters: int, trained: int, calls: int, ranks: in
     settings = config.optimizer
     steps = config.trained_steps
     updates = min(settings.updates_per_rollout, steps) * settings.epochs
-    others = ranks - 1
-    if not shard:
-        step: int = 2 * others * trained // ranks
+    if size is None:
+        step: int = 2 * (ranks - 1) * trained // ranks
         return {"optimizer step": step, "iteration": updates * step}
     batches = -(-config.num_samples // micro_batch(config))
     replays = batches * steps * settings.epochs
     passes = 2 + (config.loss.kl_beta > 0)
-    update = others * replays * (passes * parameters * calls + trained) // ranks
-    rollout = others * batches * config.sampling.num_inference_steps * parameters * calls // ranks
+    groups = ranks // size
+    update = replays * (size - 1) * (passes * parameters * calls + trained) // size
+    update += replays * 2 * (groups - 1) * trained // ranks  # (R-1)/R T/S, and R S = N
+    rollout = batches * config.sampling.num_inference_steps * (size - 1) * parameters * calls // size
     return {"optimizer step": update // updates, "iteration": update + rollout}
