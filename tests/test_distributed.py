@@ -130,6 +130,9 @@ def found(tmp_path_factory):
     ]
     folder = tmp_path_factory.mktemp("ranks")
     sizes = {"prompts": {"path": str(folder / "sizes.jsonl"), "per_iteration": 4, "group_size": 2}}
+    guided = [{"prompt": "a cat"}, {"prompt": "the dog", "guidance_scale": 4.0}]
+    (folder / "guided.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in guided))
+    bad.append(case("guided", 2, {"prompts": {"path": str(folder / "guided.jsonl"), "per_iteration": 2}}, SHARD))
     sized = [case("sizes_one", 1, sizes, iterations=1), case("sizes_two", 2, sizes, iterations=1)]
     watch = {"every": 1, "path": "nano_held_out", "prompts": 8, "seeds": 1, "stop": True}
     stops = [
@@ -313,6 +316,10 @@ def test_samples_that_cannot_be_shared_are_refused(found):
 def test_groups_that_do_not_divide_the_ranks_are_refused(found):
     words = "parallel.shard_size: expected a divisor of the number of ranks, 2, got 3"
     assert all(words in rank["error"] for rank in found["no_groups"])
+
+
+def test_prompts_that_keep_sharded_ranks_out_of_step_are_refused(found):
+    assert all("set prompts.per_iteration=1 or parallel.shard=false" in rank["error"] for rank in found["guided"])
 
 
 def test_alone_everything_is_what_it_was():

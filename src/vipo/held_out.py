@@ -29,7 +29,7 @@ from .maps import MapSource, make_psm
 from .measures import mean_pairwise_distance
 from .offload import visiting
 from .policy import DiffusersPolicy
-from .prompts import noise_seed, read_prompts, split_batches, spread, unique_prompts
+from .prompts import denoiser_work, noise_seed, read_prompts, split_batches, spread, unique_prompts
 from .rewards import Reward, load_rewards, score
 from .rng import rng_state, set_rng_state
 
@@ -250,18 +250,12 @@ def turns(calls: Sequence[Mapping[str, Any]], ranks: Ranks, *, in_step: bool) ->
     share, shares, leads = ranks.data_rank, ranks.data_world, ranks.rank % ranks.context == 0
     if not in_step:
         yield from ((i, leads) for i in range(share, len(calls), shares))
-    elif len({_work(call) for call in calls}) > 1:
+    elif len({denoiser_work(call) for call in calls}) > 1:
         yield from ((i, leads and i % shares == share) for i in range(len(calls)))
     else:
         for first in range(0, len(calls), shares):
             mine = first + share
             yield (mine, leads) if mine < len(calls) else (first, False)
-
-
-def _work(call: Mapping[str, Any]) -> str:
-    """What of a pipeline's call may decide how often it calls its denoiser."""
-    kept = {key: value for key, value in call.items() if key not in ("height", "width", "num_frames")}
-    return repr({k: v if isinstance(v, int | float | str | None) else type(v) for k, v in sorted(kept.items())})
 
 
 def discard_after(folder: Path, iteration: int) -> None:

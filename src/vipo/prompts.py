@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,12 @@ def split_batches(entries: Sequence[Prompt], size: int) -> list[list[int]]:
             batches.append([])
         batches[-1].append(i)
     return batches
+
+
+def denoiser_work(call: Mapping[str, Any]) -> str:
+    """What of a pipeline's call may decide how often it calls its denoiser: numbers but sizes, and what is given."""
+    kept = {key: value for key, value in call.items() if key not in ("height", "width", "num_frames")}
+    return repr({k: v if isinstance(v, int | float | None) else type(v) for k, v in sorted(kept.items())})
 
 
 def prompt_batch(

@@ -16,7 +16,7 @@ from .config import Config
 from .distributed import Ranks
 from .offload import visiting
 from .policy import DiffusersPolicy
-from .prompts import prompt_batch, split_batches
+from .prompts import denoiser_work, prompt_batch, split_batches
 from .rewards.background import Background, Scoring, afterwards
 from .rewards.mixture import RewardMixture
 from .runlog import PhaseClock
@@ -57,6 +57,16 @@ class Rollouts:
         # a dropped sample may not be finite, and a backbone that waits on the CPU would be there during the rollout
         self.early = overlap and config.reward.on_failure == "stop" and config.map_offload == "none"
         self.make_maps = make_maps
+        if (
+            config.parallel.shard
+            and config.prompts.per_iteration > 1
+            and len({denoiser_work(p.call) for p in prompts}) > 1
+        ):
+            raise ValueError(
+                "prompts.path: prompts whose calls differ in more than sizes (guidance, say) may call a denoiser "
+                "unequally often, which ranks of sharded weights cannot; set prompts.per_iteration=1 or "
+                "parallel.shard=false"
+            )
         own = ranks.share(config.num_samples)
         self.first, self.share = own.start, own.stop - own.start
         self.micro_batch = config.sampling.given_micro_batch or self.share
