@@ -219,8 +219,9 @@ def test_weights_in_several_bins_are_read_or_said_not_to_be(tmp_path):
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+@pytest.mark.parametrize("verbosity", [logging.WARNING, logging.CRITICAL])
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
-def test_weights_that_are_missing_are_told_where_pickles_are_allowed(tmp_path, suffix):
+def test_weights_that_are_missing_are_refused_whatever_is_shown(tmp_path, suffix, verbosity):
     folder = shutil.copytree(ASSETS / "t2i", tmp_path / "m")
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     found = load_file(file)
@@ -228,17 +229,21 @@ def test_weights_that_are_missing_are_told_where_pickles_are_allowed(tmp_path, s
     missing = found.popitem()[0]
     save = torch.save if suffix == "bin" else save_file
     save(found, file.with_suffix(f".{suffix}"))
-    heard, handler = [], logging.Handler()
-    handler.emit = lambda record: heard.append(record.getMessage())
-    logger, level = logging.getLogger("diffusers"), diffusers_logging.get_verbosity()
+    logger, level, shown = logging.getLogger("diffusers"), diffusers_logging.get_verbosity(), []
+    handler = logging.Handler()
+    handler.emit = lambda record: shown.append(record.getMessage())
     logger.addHandler(handler)
-    diffusers_logging.set_verbosity_warning()  # as it is where nobody has set it
+    diffusers_logging.set_verbosity(verbosity)
+    before = [*logging.getLogger("diffusers.models.modeling_utils").filters]
+    assert before, "diffusers filters by rank, after us"
     try:
-        load_pipeline(folder, allow_pickle=True)
+        with pytest.raises(ValueError, match=f"weights of AutoencoderKL are missing and would be .*{missing}"):
+            load_pipeline(folder, allow_pickle=True)
     finally:
         logger.removeHandler(handler)
         diffusers_logging.set_verbosity(level)
-    assert len(heard) == 1 and "not initialized" in heard[0] and missing in heard[0]
+    assert len(shown) == (verbosity == logging.WARNING)
+    assert logging.getLogger("diffusers.models.modeling_utils").filters == before
 
 
 def test_allow_pickle_on_the_command_line(tmp_path, monkeypatch, capsys):

@@ -202,7 +202,7 @@ def _listening(*, allow_pickle: bool) -> Iterator[None]:
             random.append(said)
         return (shown or record.levelno > logging.WARNING) and not (allow_pickle and said.startswith(expected))
 
-    logger.addFilter(heard)
+    logger.filters.insert(0, heard)  # before that of diffusers, which lets nothing through on ranks but the first
     logger.setLevel(min(logger.getEffectiveLevel(), logging.WARNING))
     try:
         yield
