@@ -13,7 +13,7 @@ from vipo.nano.study import arms, page, runs, work
 from vipo.nano.study.__main__ import main
 from vipo.trainer import Trainer
 
-TINY = arms.Budget({"image": 1, "video": 1}, 3, 2, 1, 1, 4)
+TINY = arms.Budget({"image": 1, "video": 1}, 3, 2, 1, 4)
 
 
 def metrics(score, **more):
@@ -94,8 +94,8 @@ def test_every_job_is_its_own_and_its_config_is_valid():
         *arms.redness_jobs(rates, arms.FULL),
     ]
     assert len({job.key for job in jobs}) == len(jobs)
-    for name in (arm.name for arm in arms.FIRST):
-        for kind in ("image", "video"):
+    for kind, rest in (("image", arms.REST), ("video", arms.VIDEO_REST)):
+        for name in (arm.name for arm in arms.FIRST + rest):
             seeds = {job.seed for job in jobs if (job.table, job.modality, job.arm.name) == ("arms", kind, name)}
             assert seeds == {0, 1, 2, 3, 4} and not seeds & set(arms.TUNING_SEEDS[kind])
     for job in {job.arm.name: job for job in jobs}.values():
@@ -146,7 +146,7 @@ def test_one_run_is_recorded_once(tmp_path):
     base, after = kept[job.key]["trace"]
     assert base["structure"] == pytest.approx(1, abs=1e-5) and base["drift_inside"] == 0
     assert after["drift_inside"] > 0 and after["redness"] != base["redness"]
-    longer = arms.Budget({"image": 2, "video": 1}, 3, 2, 1, 1, 4)
+    longer = arms.Budget({"image": 2, "video": 1}, 3, 2, 1, 4)
     assert not work.Study(tmp_path, longer, 1).done(job)
 
 

@@ -42,7 +42,7 @@ FIRST = (
     Arm("oracle", "oracle mask", _ORACLE),
     Arm("shuffled", "shuffled map", {"map.control": "shuffled"}),
 )
-"""At five seeds."""
+"""The arms that matter most, run first."""
 REST = (
     Arm("inverted", "inverted map", {"map.control": "inverted"}),
     Arm("centre_blob", "a blob at the centre", {"map.control": "centre"}),
@@ -56,7 +56,7 @@ REST = (
     *(Arm(f"components_{k}", f"K = {k}", {"map.components": k}) for k in (1, 2, 4, 5)),
     *(Arm(f"smoothing_{s}", f"sigma = {s}", {"map.smoothing": s}) for s in (0, 0.5, 2)),
 )
-"""Of pictures, at three seeds."""
+"""Of pictures."""
 VIDEO_REST = (
     Arm("inverted", "inverted map", {"map.control": "inverted"}),
     Arm("motion", "map x frame difference", {"map.motion": "difference"}),
@@ -75,8 +75,7 @@ class Budget:
     Attributes:
         iterations: of pictures and of clips.
         prompts: evaluated after training.
-        first_seeds: of the first six arms.
-        rest_seeds: of the others.
+        seeds: of every arm.
         trace_every: iterations between two looks in the redness test.
         groups: per map in the signal table.
         most: of learning rates, clip ranges, tuning seeds, other arms and signal tables this many; None for all.
@@ -85,16 +84,15 @@ class Budget:
 
     iterations: Mapping[str, int]
     prompts: int
-    first_seeds: int
-    rest_seeds: int
+    seeds: int
     trace_every: int
     groups: int
     most: int | None = None
     per_iteration: int = 4
 
 
-FULL = Budget({"image": 30, "video": 20}, 128, 5, 3, 3, 160)
-QUICK = Budget({"image": 1, "video": 1}, 4, 1, 1, 1, 4, most=1, per_iteration=1)
+FULL = Budget({"image": 30, "video": 20}, 128, 5, 3, 160)
+QUICK = Budget({"image": 1, "video": 1}, 4, 1, 1, 4, most=1, per_iteration=1)
 """Some runs of every table, one iteration each: a minute or two; the numbers say nothing."""
 
 
@@ -139,8 +137,8 @@ def sweep_jobs(modality: str, budget: Budget) -> Iterator[Job]:
 def arm_jobs(modality: str, rates: Mapping[str, float], budget: Budget) -> Iterator[Job]:
     """The first six arms seed by seed, then the others."""
     rest = REST if modality == "image" else VIDEO_REST
-    for arms, seeds in ((FIRST, budget.first_seeds), (rest[: budget.most], budget.rest_seeds)):
-        for seed in range(seeds):
+    for arms in (FIRST, rest[: budget.most]):
+        for seed in range(budget.seeds):
             for arm in arms:
                 yield Job("arms", modality, arm, seed, _rate(rates, arm))
 
@@ -154,7 +152,7 @@ def clip_jobs(rates: Mapping[str, float], budget: Budget) -> Iterator[Job]:
 
 def epoch_jobs(rates: Mapping[str, float], clips: Mapping[str, float], budget: Budget) -> Iterator[Job]:
     """Two inner epochs with the chosen clip ranges; ones per position takes ViPO's."""
-    for seed in range(budget.rest_seeds):
+    for seed in range(budget.seeds):
         for arm in FIRST[:3]:
             changes = {**_rate(rates, arm), **_epochs(clips["grpo" if arm.name == "grpo" else "vipo"])}
             yield Job("epochs", "image", arm, seed, changes)
@@ -162,7 +160,7 @@ def epoch_jobs(rates: Mapping[str, float], clips: Mapping[str, float], budget: B
 
 def redness_jobs(rates: Mapping[str, float], budget: Budget) -> Iterator[Job]:
     """The paper's redness test, looked at several times on the way."""
-    for seed in range(budget.rest_seeds):
+    for seed in range(budget.seeds):
         for arm in REDNESS:
             yield Job("redness", "image", arm, seed, {**_rate(rates, arm), "reward.name": "redness"})
 
