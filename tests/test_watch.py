@@ -178,15 +178,23 @@ def test_kl_is_watched_without_a_kl_term(tmp_path, caplog):
     assert "warning at iteration 2, kl: the model has moved far from its reference: KL " in caplog.text
     page = render_report(tmp_path / "run").read_text()
     assert "Iteration 2: kl." in page and "KL to the reference per evaluation: from " in page
-    full = watched(tmp_path, "full", {}, iterations=2, train="full")
-    full.run()
-    assert not any("eval/kl" in line for line in read_metrics(tmp_path / "full"))
-    reason = "KL to the reference: all weights are trained and loss.kl_beta is 0, so no reference is kept"
-    assert reason in full.watch.coverage()[1]
     termed = watched(tmp_path, "termed", {"every": 1}, iterations=1, loss={"kl_beta": 0.01})
     termed.run()
     (line,) = [line for line in read_metrics(tmp_path / "termed") if line["iteration"]]
     assert "kl" in line and "eval/kl" not in line  # computed once
+
+
+def test_kl_of_full_weights_is_watched_by_a_copy_that_waits(tmp_path):
+    alone = watched(tmp_path, "alone", {"every": None, "rewards": []}, iterations=2, train="full")
+    start = weights(alone)
+    alone.run()
+    full = watched(tmp_path, "full", {"every": 1}, iterations=2, train="full")
+    full.run()
+    assert torch.equal(weights(full), weights(alone)) and not torch.equal(weights(full), start)
+    assert torch.equal(torch.cat([p.flatten() for p in full.policy._reference]), start)
+    first, second = (line["eval/kl"] for line in read_metrics(tmp_path / "full") if "eval/kl" in line)
+    assert 0 < first < second and "KL to the reference" in full.watch.coverage()[0]
+    assert not alone.policy._reference and "KL to the reference" not in alone.watch.coverage()[0]
 
 
 @pytest.mark.parametrize(

@@ -281,13 +281,14 @@ class DiffusersPolicy:
         with self._reference_weights():
             self._rescore(traj, steps, store)
 
-    def keep_reference(self) -> None:
+    def keep_reference(self, device: str | None = None) -> None:
         """Keep a copy of fully trained weights, of sharded ones this rank's part, as the KL's reference.
 
-        An adapter needs none.
+        An adapter needs none. The copy waits on `device` (None: that of the weights) and takes turns with them.
         """
         if not self.lora:
-            self._reference = [local(p.detach()).clone() for p in self.trainable_parameters().values()]
+            own = [local(p.detach()) for p in self.trainable_parameters().values()]
+            self._reference = [p.to(device, copy=True) for p in own]
 
     @contextlib.contextmanager
     def _reference_weights(self) -> Iterator[None]:

@@ -106,6 +106,8 @@ class Trainer:
             self.ranks.replicate(self.parameters)
         if config.loss.kl_beta > 0:
             self.policy.keep_reference()
+        elif config.watch.every:
+            self.policy.keep_reference("cpu")  # asked now and then, and no reason to give up the accelerator's memory
         self.optimizer = make_optimizer(self.parameters, config.optimizer, sharded=config.parallel.shard)
         self.ema = WeightAverage(self.parameters, config.optimizer.ema) if config.optimizer.ema else None
         self.iteration = 0

@@ -261,7 +261,7 @@ class Watch:
 
     def kl_due(self, iteration: int) -> bool:
         """Whether `mean_kl` of this 1-based iteration is wanted: with a KL term every line has its `kl` already."""
-        return self.due(iteration) and self.policy.lora and self.config.loss.kl_beta == 0
+        return self.due(iteration) and self.config.loss.kl_beta == 0
 
     def begin(self, folder: Path, iteration: int) -> None:
         """Evaluate the base before its weights change; of a run that is resumed, read what it has written.
@@ -383,6 +383,5 @@ class Watch:
         if config.loss.kl_beta > 0:
             tell("KL to the reference", "" if length >= WINDOW else f"it needs {WINDOW} iterations")
         else:
-            full = "" if self.policy.lora else "all weights are trained and loss.kl_beta is 0, so no reference is kept"
-            tell("KL to the reference", full or (off and f"loss.kl_beta is 0 and {off}, so no KL is computed"))
+            tell("KL to the reference", off and f"loss.kl_beta is 0 and {off}, so no KL is computed")
         return watched, not_watched

@@ -32,7 +32,7 @@ class WatchConfig(Section):
     """Warn when more than this share of the groups of ten iterations earned equal rewards."""
     kl: Annotated[float, Field(gt=0)] = 0.1
     """Warn when the mean kl of ten iterations exceeds this (nats per element and step); with loss.kl_beta 0, when the
-    eval/kl of an evaluation does (adapters only)."""
+    eval/kl of an evaluation does."""
 
     @model_validator(mode="after")
     def _check(self) -> WatchConfig:
