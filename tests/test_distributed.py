@@ -227,6 +227,8 @@ def test_ranks_share_the_evaluations_of_the_watch(found, name):
     assert base["rewards"] != later["rewards"]
     assert [sum(rank["counted"] for rank in found[n]) for n in ("watch_one", name)] == [36, 36]
     assert [rank["counted"] for rank in found[name]] == [20, 16]
+    alone, several = (found[n][0]["metrics"][0]["eval/kl"] for n in ("watch_one", name))
+    assert several == pytest.approx(alone, rel=1e-3) and alone > 0
 
 
 def test_rank_0_alone_ends_a_run_by_its_watch(found):

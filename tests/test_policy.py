@@ -181,7 +181,7 @@ def test_kl_to_the_reference_is_zero_before_an_update_and_exact_after(train):
     policy = make("sd3", train=train)
     policy.keep_reference()
     traj = rollout(policy, "sd3")
-    policy.add_reference(traj, [1])
+    policy.add_reference(traj, steps=[1])
     kls = []
 
     def on_step(k, log_probs, old_log_probs, kl):
@@ -194,7 +194,7 @@ def test_kl_to_the_reference_is_zero_before_an_update_and_exact_after(train):
     with torch.no_grad():
         for p in policy.trainable_parameters().values():
             p.add_(0.02)
-    policy.add_reference(traj, [1])
+    policy.add_reference(traj, steps=[1])
     assert torch.equal(traj.steps[1].reference_mean, reference)  # the reference does not move with the weights
     policy.replay(traj, steps=[1], with_kl=True, on_step=on_step)
     moved = []

@@ -154,12 +154,12 @@ def test_mean_kl_is_the_expected_log_ratio_under_the_policy(tmp_path):
     texts, seeds = ["a red cat"] * 16, list(range(16))
     sampling = {"num_inference_steps": 4, "height": 32, "width": 32, **CALL}
     traj = policy.rollout(texts, seeds=seeds, **sampling)
-    assert mean_kl(policy, traj, [0, 1, 2]) == 0  # a fresh adapter is the reference
+    assert mean_kl(policy, [traj], [0, 1, 2]) == 0  # a fresh adapter is the reference
     with torch.no_grad():
         for name, p in policy.trainable_parameters().items():
             p.add_(0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
     traj = policy.rollout(texts, seeds=seeds, **sampling)
-    found, ratios = mean_kl(policy, traj, [0, 1, 2]), []
+    found, ratios = mean_kl(policy, [traj], [0, 1, 2]), []
     policy.denoiser.disable_adapters()
     with torch.no_grad():
         policy.replay(traj, on_step=lambda k, reference, sampled: ratios.append(sampled - reference))
@@ -182,6 +182,14 @@ def test_kl_is_watched_without_a_kl_term(tmp_path, caplog):
     termed.run()
     (line,) = [line for line in read_metrics(tmp_path / "termed") if line["iteration"]]
     assert "kl" in line and "eval/kl" not in line  # computed once
+
+
+def test_the_watched_kl_is_of_all_micro_batches(tmp_path):
+    found = []
+    for folder, sampling in (("one", {}), ("three", {"micro_batch": 2, "store_on_cpu": True})):
+        watched(tmp_path, folder, {"every": 1}, iterations=1, sampling=sampling).run()
+        found += [line["eval/kl"] for line in read_metrics(tmp_path / folder) if "eval/kl" in line]
+    assert found[1] == pytest.approx(found[0], rel=1e-3) and found[0] > 0
 
 
 def test_kl_of_full_weights_is_watched_by_a_copy_that_waits(tmp_path):

@@ -264,22 +264,22 @@ class DiffusersPolicy:
             arguments = [log_probs, to_grid(record.log_probs, traj)]
             if with_kl:
                 if record.reference_mean is None:
-                    raise ValueError(f"with_kl: step {k} has no reference; call add_reference(traj, steps) first")
+                    raise ValueError(f"with_kl: step {k} has no reference; call add_reference first")
                 arguments.append(to_grid(reference_kl(gaussian.mean, record.reference_mean, gaussian.std), traj))
             on_step(k, *arguments)
 
         self._rescore(traj, steps, score)
 
     @torch.no_grad()
-    def add_reference(self, traj: Trajectory, steps: Sequence[int] | None = None) -> None:
+    def add_reference(self, *rollout: Trajectory, steps: Sequence[int] | None = None) -> None:
         """Record the step means under the reference weights: adapter off, or the copy of `keep_reference`."""
-        steps = traj.stochastic_steps if steps is None else list(steps)
-
-        def store(k: int, gaussian: Gaussian) -> None:
-            traj.steps[k].reference_mean = gaussian.mean
-
         with self._reference_weights():
-            self._rescore(traj, steps, store)
+            for traj in rollout:
+
+                def store(k: int, gaussian: Gaussian, traj: Trajectory = traj) -> None:
+                    traj.steps[k].reference_mean = gaussian.mean.to(traj.final.device)
+
+                self._rescore(traj.to(self.device), traj.stochastic_steps if steps is None else steps, store)
 
     def keep_reference(self, device: str | None = None) -> None:
         """Keep a copy of fully trained weights, of sharded ones this rank's part, as the KL's reference.

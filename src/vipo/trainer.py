@@ -214,7 +214,7 @@ class Trainer:
         if self.watch.kl_due(iteration + 1):  # of the new weights, as what is evaluated; every rank on its own share
             with clock("watch"):
                 steps = sorted({k for part in found.plan for k in part})
-                losses |= self.ranks.reduce({KL: mean_kl(self.policy, found.trajectories[0], steps)})
+                losses |= self.ranks.reduce({KL: mean_kl(self.policy, found.trajectories, steps)})
         self.frames, self.maps = found.buckets[0].frames, maps[0]
         rewards, group_size = found.rewards[:, found.kept], self.config.prompts.group_size
         total = self.reward.weights.to(rewards.device) @ rewards
@@ -441,5 +441,5 @@ class Trainer:
 
         traj = traj.to(self.policy.device)
         if with_kl:
-            self.policy.add_reference(traj, steps)
+            self.policy.add_reference(traj, steps=steps)
         self.policy.replay(traj, steps=steps, on_step=on_step, with_kl=with_kl)

@@ -193,24 +193,28 @@ def kl_at_evaluation(metrics: Mapping[str, Any], bound: float) -> list[WatchWarn
 
 
 @torch.no_grad()
-def mean_kl(policy: DiffusersPolicy, traj: Trajectory, steps: Sequence[int]) -> Tensor:
+def mean_kl(policy: DiffusersPolicy, rollout: Sequence[Trajectory], steps: Sequence[int]) -> Tensor:
     """Compute the exact Gaussian KL to the reference, nats per element and step: mean (mu - mu_ref)^2 / (2 std^2).
 
     Two denoiser passes per step: with the reference weights and with the present ones.
 
     Args:
         policy: with an adapter, or with a reference that it keeps.
-        traj: a micro-batch of a rollout.
-        steps: ascending, of `traj.stochastic_steps`.
+        rollout: its micro-batches.
+        steps: ascending, of their `stochastic_steps`.
 
     Returns:
         A scalar, detached.
     """
     found: list[Tensor] = []
-    traj = traj.to(policy.device)
-    policy.add_reference(traj, steps)
-    policy.replay(traj, steps=steps, on_step=lambda k, new, old, kl: found.append(kl.mean()), with_kl=True)
-    return torch.stack(found).mean()
+
+    def on_step(k: int, new: Tensor, old: Tensor, kl: Tensor) -> None:
+        found.append(kl.mean((1, 2, 3, 4)))
+
+    policy.add_reference(*rollout, steps=steps)
+    for traj in rollout:
+        policy.replay(traj.to(policy.device), steps=steps, on_step=on_step, with_kl=True)
+    return torch.cat(found).mean()
 
 
 def _mean(lines: Sequence[Mapping[str, Any]], key: str) -> float:
