@@ -7,9 +7,11 @@ import sys
 import pytest
 import scipy.stats
 import torch
+from matplotlib.figure import Figure
+from PIL import Image
 
 from vipo.advantages import group_advantages
-from vipo.nano.study import arms, page, runs, work
+from vipo.nano.study import arms, figure, page, runs, work
 from vipo.nano.study.__main__ import main
 from vipo.trainer import Trainer
 
@@ -161,8 +163,23 @@ def test_the_page_keeps_its_text_and_renews_its_tables(tmp_path):
     (tmp_path / "evidence.md").write_text(text)
     page.write_page(tmp_path / "evidence.md", records)
     written = (tmp_path / "evidence.md").read_text()
+    assert "95 % interval, red where that leaves 0](evidence/differences.png)" in written
+    with Image.open(records / "differences.png") as picture:
+        assert picture.format == "PNG" and min(picture.size) > 100
     assert written.startswith("# Evidence\n\nbefore\n") and written.endswith(f"{page.END}\nafter\n")
     assert "\nold\n" not in written and "| **+0.503 ± 0.038** |" in written and "| +0.050 ± 0.221 |" in written
+
+
+def test_the_picture_has_a_row_per_arm_and_writes_out_what_is_far_beyond(tmp_path):
+    rows = [figure.Row(f"arm {i}", [0.1, 0.2, 0.3], 0.2, 0.25) for i in range(4)]
+    rows += [figure.Row("gain", [0.2, 0.2, 0.2], 0.2, 0.01), figure.Row("collapse", [-7.0, -7.6, -7.3], -7.3, 0.75)]
+    canvas = Figure()
+    figure.draw_panel(canvas.subplots(), "Pictures", rows)
+    (axes,) = canvas.axes
+    assert [label.get_text() for label in axes.get_yticklabels()][-2:] == ["gain (3)", "collapse (3)"]
+    assert [text.get_text() for text in axes.texts] == ["-7.3 ± 0.8"] and axes.get_xlim()[1] < 1
+    colours = [line.get_color() for line in axes.lines if line.get_marker() == "D"]
+    assert colours == [figure.WITHIN] * 4 + [figure.BEYOND]
 
 
 def test_the_signal_is_ranked_against_what_training_came_to(tmp_path):

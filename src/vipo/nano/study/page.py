@@ -13,12 +13,15 @@ import numpy as np
 from ...demo_kinds import CLIPS, IMAGES, Kind
 from ...files import write_atomically
 from .arms import FIRST, REDNESS, REST, VIDEO_REST, Arm, in_domain
+from .figure import Row, draw_differences
 from .runs import equal_redness
 
 BEGIN, END = "<!-- vipo.nano.study: begin -->", "<!-- vipo.nano.study: end -->"
 KINDS = {"image": IMAGES, "video": CLIPS}
 T975 = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 7: 2.3646, 8: 2.306, 9: 2.2622}
 """The .975 quantile of Student's t by degrees of freedom."""
+FIGURE = "differences.png"
+"""In the folder of the records."""
 BY_SEED = dict[int, dict[str, float]]
 """Metrics of one arm by seed."""
 
@@ -74,6 +77,10 @@ def write_page(page: Path, records: Path) -> None:
     text = page.read_text(encoding="utf-8") if page.is_file() else f"# Evidence\n\n{BEGIN}\n{END}\n"
     before, _, rest = text.partition(BEGIN)
     parts = [part for part in (*_modality(found, "image"), *_modality(found, "video")) if part]
+    if panels := _panels(found.get("arms", {})):
+        draw_differences(panels, records / FIGURE)
+        words = "Each arm less scalar GRPO: grey a seed, the mean with its 95 % interval, red where that leaves 0"
+        parts.insert(0, f"![{words}]({records.name}/{FIGURE})\n\n{words}; seeds in brackets.")
     body = "\n\n".join(parts)
     write_atomically(page, f"{before}{BEGIN}\n{body}\n{END}{rest.partition(END)[2]}")
 
@@ -95,6 +102,24 @@ def _modality(found: Mapping[str, Any], modality: str) -> list[str]:
             _signal(found.get("signal", {}), _ends(arms, found.get("redness", {}))),
         ]
     return parts
+
+
+def _panels(records: Mapping[str, Any]) -> list[tuple[str, list[Row]]]:
+    """Of pictures and clips, what each arm's preference or visual quality score is above scalar GRPO's."""
+    panels = []
+    for modality, metric, rest in (("image", "reward", REST), ("video", "reward_vq", VIDEO_REST)):
+        arms = by_arm(records, modality)
+        base = arms.get("grpo", {})
+        rows = []
+        for arm in (*FIRST[1:], *rest):
+            seeds = {s: m[metric] - base[s][metric] for s, m in arms.get(arm.name, {}).items() if s in base}
+            if seeds:
+                found = difference(arms[arm.name], base, metric)
+                rows.append(Row(arm.label, list(seeds.values()), found.mean, found.half))
+        if rows:
+            label = next(m.label for m in KINDS[modality].metrics if m.name == metric)
+            panels.append((f"{'Pictures' if modality == 'image' else 'Clips'}: {label.lower()}", rows))
+    return panels
 
 
 def by_arm(records: Mapping[str, Any], modality: str) -> dict[str, BY_SEED]:
