@@ -15,7 +15,7 @@ from vipo.nano.study import arms, figure, page, runs, work
 from vipo.nano.study.__main__ import main
 from vipo.trainer import Trainer
 
-TINY = arms.Budget({"image": 1, "video": 1}, 3, 2, 1, 4)
+TINY = arms.Budget({"image": 1, "video": 1}, 3, 2, 1, 1, 4)
 
 
 def metrics(score, **more):
@@ -92,6 +92,7 @@ def test_every_job_is_its_own_and_its_config_is_valid():
     jobs += [job for kind in ("image", "video") for job in arms.arm_jobs(kind, rates, arms.FULL)]
     jobs += [
         *arms.clip_jobs(rates, arms.FULL),
+        *arms.again_jobs(rates, arms.FULL),
         *arms.epoch_jobs(rates, clips, arms.FULL),
         *arms.redness_jobs(rates, arms.FULL),
     ]
@@ -100,6 +101,8 @@ def test_every_job_is_its_own_and_its_config_is_valid():
         for name in (arm.name for arm in arms.FIRST + rest):
             seeds = {job.seed for job in jobs if (job.table, job.modality, job.arm.name) == ("arms", kind, name)}
             assert seeds == {0, 1, 2, 3, 4} and not seeds & set(arms.TUNING_SEEDS[kind])
+    fresh = {job.seed for job in jobs if job.table == "again"}
+    assert fresh == {5, 6, 7, 8, 9} and not fresh & set(arms.TUNING_SEEDS["image"])
     for job in {job.arm.name: job for job in jobs}.values():
         config = runs.job_config(job, arms.FULL)
         rate = rates["grpo" if job.arm.name in ("grpo", "ones_position") else "vipo"]
@@ -148,7 +151,7 @@ def test_one_run_is_recorded_once(tmp_path):
     base, after = kept[job.key]["trace"]
     assert base["structure"] == pytest.approx(1, abs=1e-5) and base["drift_inside"] == 0
     assert after["drift_inside"] > 0 and after["redness"] != base["redness"]
-    longer = arms.Budget({"image": 2, "video": 1}, 3, 2, 1, 4)
+    longer = arms.Budget({"image": 2, "video": 1}, 3, 2, 1, 1, 4)
     assert not work.Study(tmp_path, longer, 1).done(job)
 
 
@@ -182,6 +185,25 @@ def test_the_picture_has_a_row_per_arm_and_writes_out_what_is_far_beyond(tmp_pat
     assert colours == [figure.WITHIN] * 4 + [figure.BEYOND]
 
 
+def test_fresh_seeds_stand_alone_and_with_the_earlier_ones(tmp_path):
+    scores = {"grpo": (0.0, 0.1, 0.2), "vipo": (0.4, 0.6, 0.5), "average": (0.3, 0.5, 0.4)}
+    kept = {
+        f"arms/image/{name}/seed={s}": record(name, s, v) for name, row in scores.items() for s, v in enumerate(row)
+    }
+    fresh = {
+        f"again/image/{name}/seed={5 + s}": record(name, 5 + s, 0.3 if name == "average" else 0.0)
+        for name in scores
+        for s in range(3)
+    }
+    (tmp_path / "arms.json").write_text(json.dumps(kept))
+    (tmp_path / "again.json").write_text(json.dumps(fresh))
+    page.write_page(tmp_path / "page.md", tmp_path)
+    rows = [line for line in (tmp_path / "page.md").read_text().splitlines() if " | scalar GRPO | 3 |" in line]
+    assert [row.split("|")[4].strip() for row in rows] == ["+0.0000 ± 0.0000", "**+0.300 ± 0.0000**"]
+    both = (tmp_path / "page.md").read_text().count("| scalar GRPO | 6 | +0.200 ± ")
+    assert both == 1 and "| ViPO, default map | scalar GRPO | 6 |" in (tmp_path / "page.md").read_text()
+
+
 def test_the_signal_is_ranked_against_what_training_came_to(tmp_path):
     names, fractions = ("grpo", "vipo", "oracle"), (0.001, 0.002, 0.003)
     bounds = {name: {"value": value, "low": 0.0, "high": 0.1} for name, value in zip(names, fractions, strict=True)}
@@ -209,7 +231,14 @@ def test_some_runs_of_every_table(tmp_path):
     command = [sys.executable, "-m", "vipo.nano.study", "--quick", "-o", str(tmp_path / "evidence")]
     subprocess.run(command, check=True, capture_output=True)
     written = (tmp_path / "evidence.md").read_text()
-    for words in ("## Pictures", "## Clips", "equal redness", "Gradient signal fraction", "Two epochs, paired"):
+    for words in (
+        "## Pictures",
+        "## Clips",
+        "no arm was chosen by",
+        "equal redness",
+        "Gradient signal fraction",
+        "Two epochs, paired",
+    ):
         assert words in written
     before = {file: file.read_bytes() for file in (tmp_path / "evidence").iterdir()}
     subprocess.run(command, check=True, capture_output=True)

@@ -57,6 +57,8 @@ REST = (
     *(Arm(f"smoothing_{s}", f"sigma = {s}", {"map.smoothing": s}) for s in (0, 0.5, 2)),
 )
 """Of pictures."""
+AGAIN = (FIRST[0], FIRST[2], REST[3])
+"""Of pictures: scalar GRPO, ViPO, and the arms that were beyond their interval above scalar GRPO, on fresh seeds."""
 VIDEO_REST = (
     Arm("inverted", "inverted map", {"map.control": "inverted"}),
     Arm("motion", "map x frame difference", {"map.motion": "difference"}),
@@ -76,6 +78,7 @@ class Budget:
         iterations: of pictures and of clips.
         prompts: evaluated after training.
         seeds: of every arm.
+        fewer_seeds: of two epochs and of redness.
         trace_every: iterations between two looks in the redness test.
         groups: per map in the signal table.
         most: of learning rates, clip ranges, tuning seeds, other arms and signal tables this many; None for all.
@@ -85,14 +88,15 @@ class Budget:
     iterations: Mapping[str, int]
     prompts: int
     seeds: int
+    fewer_seeds: int
     trace_every: int
     groups: int
     most: int | None = None
     per_iteration: int = 4
 
 
-FULL = Budget({"image": 30, "video": 20}, 128, 5, 3, 160)
-QUICK = Budget({"image": 1, "video": 1}, 4, 1, 1, 4, most=1, per_iteration=1)
+FULL = Budget({"image": 30, "video": 20}, 128, 5, 3, 3, 160)
+QUICK = Budget({"image": 1, "video": 1}, 4, 1, 1, 1, 4, most=1, per_iteration=1)
 """Some runs of every table, one iteration each: a minute or two; the numbers say nothing."""
 
 
@@ -101,7 +105,7 @@ class Job:
     """One training run.
 
     Attributes:
-        table: which table it belongs to: sweep, arms, clips, epochs, redness.
+        table: which table it belongs to: sweep, arms, again, clips, epochs, redness.
         modality: image or video.
         arm: what is trained.
         seed: of the run.
@@ -143,6 +147,13 @@ def arm_jobs(modality: str, rates: Mapping[str, float], budget: Budget) -> Itera
                 yield Job("arms", modality, arm, seed, _rate(rates, arm))
 
 
+def again_jobs(rates: Mapping[str, float], budget: Budget) -> Iterator[Job]:
+    """The arms of AGAIN on as many seeds that nothing was chosen by."""
+    for seed in range(budget.seeds, 2 * budget.seeds):
+        for arm in AGAIN[: budget.most and budget.most + 1]:
+            yield Job("again", "image", arm, seed, _rate(rates, arm))
+
+
 def clip_jobs(rates: Mapping[str, float], budget: Budget) -> Iterator[Job]:
     """Clip ranges with two inner epochs, which leave the ratio 1."""
     for arm in (FIRST[0], FIRST[2]):
@@ -152,7 +163,7 @@ def clip_jobs(rates: Mapping[str, float], budget: Budget) -> Iterator[Job]:
 
 def epoch_jobs(rates: Mapping[str, float], clips: Mapping[str, float], budget: Budget) -> Iterator[Job]:
     """Two inner epochs with the chosen clip ranges; ones per position takes ViPO's."""
-    for seed in range(budget.seeds):
+    for seed in range(budget.fewer_seeds):
         for arm in FIRST[:3]:
             changes = {**_rate(rates, arm), **_epochs(clips["grpo" if arm.name == "grpo" else "vipo"])}
             yield Job("epochs", "image", arm, seed, changes)
@@ -160,7 +171,7 @@ def epoch_jobs(rates: Mapping[str, float], clips: Mapping[str, float], budget: B
 
 def redness_jobs(rates: Mapping[str, float], budget: Budget) -> Iterator[Job]:
     """The paper's redness test, looked at several times on the way."""
-    for seed in range(budget.seeds):
+    for seed in range(budget.fewer_seeds):
         for arm in REDNESS:
             yield Job("redness", "image", arm, seed, {**_rate(rates, arm), "reward.name": "redness"})
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...demo_kinds import CLIPS, IMAGES, Kind
 from ...files import write_atomically
-from .arms import FIRST, REDNESS, REST, VIDEO_REST, Arm, in_domain
+from .arms import AGAIN, FIRST, REDNESS, REST, VIDEO_REST, Arm, in_domain
 from .figure import Row, draw_differences
 from .runs import equal_redness
 
@@ -96,6 +96,7 @@ def _modality(found: Mapping[str, Any], modality: str) -> list[str]:
     parts.append(_differences(kind, arms, "grpo", (*FIRST[1:], *rest), "less scalar GRPO"))
     parts.append(_differences(kind, arms, "vipo", (*FIRST[3:], *rest), "less ViPO with the default map"))
     if modality == "image":
+        parts.append(_again(kind, by_arm(found.get("again", {}), "image"), arms))
         parts += [_clips(found.get("clips", {})), _epochs(kind, found.get("epochs", {}), arms)]
         parts += [
             _redness(found.get("redness", {})),
@@ -201,6 +202,23 @@ def _differences(kind: Kind, arms: Mapping[str, BY_SEED], against: str, order: S
     return f"Paired differences, {words}; bold where the 95 % t interval over seeds leaves 0:\n\n" + table(
         ["arm", "seeds", *labels], rows
     )
+
+
+def _again(kind: Kind, again: Mapping[str, BY_SEED], arms: Mapping[str, BY_SEED]) -> str:
+    """Differences on fresh seeds alone, and on these and the earlier ones together."""
+    if "grpo" not in again:
+        return ""
+    names = [m.name for m in kind.metrics] + ["drift_inside", "drift_outside"]
+    labels = [m.label for m in kind.metrics] + ["drift inside", "drift outside"]
+    both = {arm: {**arms.get(arm, {}), **seeds} for arm, seeds in again.items()}
+    rows = []
+    for arm in AGAIN[1:]:
+        for other in AGAIN[: AGAIN.index(arm)]:
+            for runs in (again, both):
+                found = [difference(runs[arm.name], runs[other.name], name) for name in names]
+                rows.append([arm.label, other.label, str(found[0].seeds), *map(str, found)])
+    words = "The same on seeds that no arm was chosen by, and with those above"
+    return f"{words}:\n\n" + table(["arm", "less", "seeds", *labels], rows)
 
 
 def _epochs(kind: Kind, records: Mapping[str, Any], arms: Mapping[str, BY_SEED]) -> str:

@@ -23,6 +23,7 @@ from .arms import (
     Arm,
     Budget,
     Job,
+    again_jobs,
     arm_jobs,
     best,
     clip_jobs,
@@ -132,6 +133,7 @@ class Study:
             rates = self.best("sweep", modality, "optimizer.learning_rate")
             self.jobs(f"{modality}: arms", arm_jobs(modality, rates, self.budget))
             if modality == "image":
+                self.jobs("image: again", again_jobs(rates, self.budget))
                 self.jobs("image: clip ranges", clip_jobs(rates, self.budget))
                 clips = self.best("clips", "image", "loss.clip_range")
                 self.jobs("image: two epochs", epoch_jobs(rates, clips, self.budget))
