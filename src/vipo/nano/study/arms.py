@@ -63,6 +63,7 @@ VIDEO_REST = (
     Arm("inverted", "inverted map", {"map.control": "inverted"}),
     Arm("motion", "map x frame difference", {"map.motion": "difference"}),
     Arm("per_frame", "one PCA basis per frame", {"map.pca_scope": "frame"}),
+    REST[3],
     Arm("mq_motion", "MQ on its own motion map", {"reward.maps": {"nano_mq": {"motion": "difference"}}}),
 )
 CLIPS_OF_EPOCHS = {"grpo": (1e-4, 1e-3, 1e-2), "vipo": (1e-3, 1e-2, 1e-1)}
