@@ -92,7 +92,8 @@ def test_every_job_is_its_own_and_its_config_is_valid():
     jobs += [job for kind in ("image", "video") for job in arms.arm_jobs(kind, rates, arms.FULL)]
     jobs += [
         *arms.clip_jobs(rates, arms.FULL),
-        *arms.again_jobs(rates, arms.FULL),
+        *arms.again_jobs("image", rates, arms.FULL),
+        *arms.again_jobs("video", rates, arms.FULL),
         *arms.epoch_jobs(rates, clips, arms.FULL),
         *arms.redness_jobs(rates, arms.FULL),
     ]

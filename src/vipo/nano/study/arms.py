@@ -57,8 +57,8 @@ REST = (
     *(Arm(f"smoothing_{s}", f"sigma = {s}", {"map.smoothing": s}) for s in (0, 0.5, 2)),
 )
 """Of pictures."""
-AGAIN = (FIRST[0], FIRST[2], REST[3])
-"""Of pictures: scalar GRPO, ViPO, and the arms that were beyond their interval above scalar GRPO, on fresh seeds."""
+AGAIN = {"image": (FIRST[0], FIRST[2], REST[3]), "video": (FIRST[0], FIRST[2])}
+"""On fresh seeds: scalar GRPO, ViPO, and the arms whose interval lay above scalar GRPO."""
 VIDEO_REST = (
     Arm("inverted", "inverted map", {"map.control": "inverted"}),
     Arm("motion", "map x frame difference", {"map.motion": "difference"}),
@@ -148,11 +148,11 @@ def arm_jobs(modality: str, rates: Mapping[str, float], budget: Budget) -> Itera
                 yield Job("arms", modality, arm, seed, _rate(rates, arm))
 
 
-def again_jobs(rates: Mapping[str, float], budget: Budget) -> Iterator[Job]:
+def again_jobs(modality: str, rates: Mapping[str, float], budget: Budget) -> Iterator[Job]:
     """The arms of AGAIN on as many seeds that nothing was chosen by."""
     for seed in range(budget.seeds, 2 * budget.seeds):
-        for arm in AGAIN[: budget.most and budget.most + 1]:
-            yield Job("again", "image", arm, seed, _rate(rates, arm))
+        for arm in AGAIN[modality][: budget.most and budget.most + 1]:
+            yield Job("again", modality, arm, seed, _rate(rates, arm))
 
 
 def clip_jobs(rates: Mapping[str, float], budget: Budget) -> Iterator[Job]:

@@ -95,8 +95,8 @@ def _modality(found: Mapping[str, Any], modality: str) -> list[str]:
     parts = [f"## {title}", _sweep(found.get("sweep", {}), modality), _means(kind, arms, base, (*FIRST, *rest))]
     parts.append(_differences(kind, arms, "grpo", (*FIRST[1:], *rest), "less scalar GRPO"))
     parts.append(_differences(kind, arms, "vipo", (*FIRST[3:], *rest), "less ViPO with the default map"))
+    parts.append(_again(kind, AGAIN[modality], by_arm(found.get("again", {}), modality), arms))
     if modality == "image":
-        parts.append(_again(kind, by_arm(found.get("again", {}), "image"), arms))
         parts += [_clips(found.get("clips", {})), _epochs(kind, found.get("epochs", {}), arms)]
         parts += [
             _redness(found.get("redness", {})),
@@ -204,7 +204,7 @@ def _differences(kind: Kind, arms: Mapping[str, BY_SEED], against: str, order: S
     )
 
 
-def _again(kind: Kind, again: Mapping[str, BY_SEED], arms: Mapping[str, BY_SEED]) -> str:
+def _again(kind: Kind, order: Sequence[Arm], again: Mapping[str, BY_SEED], arms: Mapping[str, BY_SEED]) -> str:
     """Differences on fresh seeds alone, and on these and the earlier ones together."""
     if "grpo" not in again:
         return ""
@@ -212,8 +212,9 @@ def _again(kind: Kind, again: Mapping[str, BY_SEED], arms: Mapping[str, BY_SEED]
     labels = [m.label for m in kind.metrics] + ["drift inside", "drift outside"]
     both = {arm: {**arms.get(arm, {}), **seeds} for arm, seeds in again.items()}
     rows = []
-    for arm in AGAIN[1:]:
-        for other in AGAIN[: AGAIN.index(arm)]:
+    order = [arm for arm in order if arm.name in again]
+    for arm in order[1:]:
+        for other in order[: order.index(arm)]:
             for runs in (again, both):
                 found = [difference(runs[arm.name], runs[other.name], name) for name in names]
                 rows.append([arm.label, other.label, str(found[0].seeds), *map(str, found)])

@@ -132,8 +132,8 @@ class Study:
             self.jobs(f"{modality}: learning rates", sweep_jobs(modality, self.budget))
             rates = self.best("sweep", modality, "optimizer.learning_rate")
             self.jobs(f"{modality}: arms", arm_jobs(modality, rates, self.budget))
+            self.jobs(f"{modality}: again", again_jobs(modality, rates, self.budget))
             if modality == "image":
-                self.jobs("image: again", again_jobs(rates, self.budget))
                 self.jobs("image: clip ranges", clip_jobs(rates, self.budget))
                 clips = self.best("clips", "image", "loss.clip_range")
                 self.jobs("image: two epochs", epoch_jobs(rates, clips, self.budget))
