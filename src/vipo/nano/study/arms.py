@@ -57,7 +57,7 @@ REST = (
     *(Arm(f"smoothing_{s}", f"sigma = {s}", {"map.smoothing": s}) for s in (0, 0.5, 2)),
 )
 """Of pictures."""
-AGAIN = {"image": (FIRST[0], FIRST[2], REST[3]), "video": (FIRST[0], FIRST[2])}
+AGAIN = dict.fromkeys(("image", "video"), (FIRST[0], FIRST[2], REST[3]))
 """On fresh seeds: scalar GRPO, ViPO, and the arms whose interval lay above scalar GRPO."""
 VIDEO_REST = (
     Arm("inverted", "inverted map", {"map.control": "inverted"}),

@@ -77,7 +77,7 @@ def write_page(page: Path, records: Path) -> None:
     text = page.read_text(encoding="utf-8") if page.is_file() else f"# Evidence\n\n{BEGIN}\n{END}\n"
     before, _, rest = text.partition(BEGIN)
     parts = [part for part in (*_modality(found, "image"), *_modality(found, "video")) if part]
-    if panels := _panels(found.get("arms", {})):
+    if panels := _panels(found):
         draw_differences(panels, records / FIGURE)
         words = "Each arm less scalar GRPO: grey a seed, the mean with its 95 % interval, red where that leaves 0"
         parts.insert(0, f"![{words}]({records.name}/{FIGURE})\n\n{words}; seeds in brackets.")
@@ -105,18 +105,18 @@ def _modality(found: Mapping[str, Any], modality: str) -> list[str]:
     return parts
 
 
-def _panels(records: Mapping[str, Any]) -> list[tuple[str, list[Row]]]:
-    """Of pictures and clips, what each arm's preference or visual quality score is above scalar GRPO's."""
+def _panels(found: Mapping[str, Any]) -> list[tuple[str, list[Row]]]:
+    """Of pictures and clips, how far each arm's (visual quality) score is above scalar GRPO's, on all seeds."""
     panels = []
     for modality, metric, rest in (("image", "reward", REST), ("video", "reward_vq", VIDEO_REST)):
-        arms = by_arm(records, modality)
+        arms = by_arm({**found.get("arms", {}), **found.get("again", {})}, modality)
         base = arms.get("grpo", {})
         rows = []
         for arm in (*FIRST[1:], *rest):
             seeds = {s: m[metric] - base[s][metric] for s, m in arms.get(arm.name, {}).items() if s in base}
             if seeds:
-                found = difference(arms[arm.name], base, metric)
-                rows.append(Row(arm.label, list(seeds.values()), found.mean, found.half))
+                gain = difference(arms[arm.name], base, metric)
+                rows.append(Row(arm.label, list(seeds.values()), gain.mean, gain.half))
         if rows:
             label = next(m.label for m in KINDS[modality].metrics if m.name == metric)
             panels.append((f"{'Pictures' if modality == 'image' else 'Clips'}: {label.lower()}", rows))
