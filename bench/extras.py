@@ -1,10 +1,11 @@
-"""What two options that need more than torch give: model.compile a compiler, optimizer.state=8bit bitsandbytes.
+"""What three options give: model.compile, which needs a compiler; optimizer.state=8bit, bitsandbytes; reward.async.
 
     python bench/extras.py compile [-o docs]
     python bench/extras.py 8bit [-o docs]        needs: pip install "vipo[8bit]"
+    python bench/extras.py async [-o docs]       needs: two idle cores
 
-CPU seconds of this process (not wall time), least of several alternating repetitions, one thread; a warm-up counts the
-compiler's processes too. Each command writes its own table of docs/performance.md.
+CPU seconds of this process (of async wall seconds), least of several alternating repetitions, one thread; a warm-up
+counts the compiler's processes too. Each command writes its own table of docs/performance.md.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,11 +27,14 @@ from vipo.config import OptimizerConfig
 from vipo.files import write_atomically
 from vipo.optimizer import make_optimizer
 from vipo.pipelines import compile_blocks
+from vipo.rewards import Reward
 from vipo.runlog import PhaseClock
 from vipo.types import Experience
 
 RECIPES = ROOT / "src" / "vipo" / "recipes"
 REPEATS, OPTIMIZER_STEPS, ITERATIONS = 5, 5, 20
+WAIT = 0.3
+"""Seconds."""
 RATE = 1e-4
 """Of the run with full weights."""
 
@@ -164,7 +169,46 @@ def eight_bit_table() -> list[str]:
     return [*lines, *(training(seed) for seed in (0, 1))]
 
 
-TABLES: dict[str, Callable[[], list[str]]] = {"compile": compile_table, "8bit": eight_bit_table}
+def waiting(frames: Tensor, prompts: Sequence[str]) -> Tensor:
+    """A reward that waits as for a server."""
+    time.sleep(WAIT)
+    return frames.mean((1, 2, 3, 4))
+
+
+def beside(name: str, reward: Reward | None) -> str:
+    """A line: wall seconds of rollout, reward and map, in sequence and with the last two in a thread beside."""
+    made = {
+        flag: Trainer(
+            Config.from_yaml(
+                RECIPES / "nano_vipo.yaml", ["--sampling.micro_batch=8", f"--reward.async={str(flag).lower()}"]
+            ),
+            reward=reward,
+        )
+        for flag in (False, True)
+    }
+    seconds: dict[bool, list[float]] = {flag: [] for flag in made}
+    for turn in range(REPEATS + 1):  # the first is the warm-up
+        for flag, trainer in made.items():
+            started = time.perf_counter()
+            found = trainer.experience(turn, PhaseClock(trainer.policy.device))
+            trainer.maps_of(found, turn)
+            seconds[flag].append(time.perf_counter() - started)
+    plain, overlapped = (min(seconds[flag][1:]) for flag in made)
+    return _line(name, f"{plain:.3f} s", f"{overlapped:.3f} s", f"{overlapped / plain:.2f}")
+
+
+def async_table() -> list[str]:
+    """The recipe's own reward, and one that only waits."""
+    head = ["| nano_vipo, 4 micro-batches of 8 | in sequence | beside | ratio |", "|---|---|---|---|"]
+    slow = f"a reward that waits {WAIT} s per micro-batch, and the map"
+    return [*head, beside("its reward and map", None), beside(slow, waiting)]
+
+
+TABLES: dict[str, Callable[[], list[str]]] = {
+    "compile": compile_table,
+    "8bit": eight_bit_table,
+    "async": async_table,
+}
 
 
 def _line(*cells: str) -> str:

@@ -262,6 +262,13 @@ def test_the_bench_of_compiled_blocks_fills_its_rows(monkeypatch):
     assert all(float(row[3]) > 0 and row[5:] == ["0e+00", "0e+00 |"] for row in rows)
 
 
+def test_the_bench_of_rewards_beside_fills_its_row(monkeypatch):
+    monkeypatch.setattr(extras, "REPEATS", 1)
+    monkeypatch.setattr(extras, "WAIT", 0.01)
+    name, *cells = extras.beside("waits", extras.waiting).strip("| ").split(" | ")
+    assert name == "waits" and len(cells) == 3 and all(float(cell.removesuffix(" s")) > 0 for cell in cells)
+
+
 def test_the_bench_of_moments_counts_every_tensor_once():
     weight = torch.nn.Parameter(torch.ones(10))
     weight.grad = torch.ones(10)
