@@ -15,7 +15,7 @@ from vipo.nano.study import arms, figure, page, runs, work
 from vipo.nano.study.__main__ import main
 from vipo.trainer import Trainer
 
-TINY = arms.Budget({"image": 1, "video": 1}, 3, 2, 1, 1, 4)
+TINY = arms.Budget({"image": 1, "video": 1}, 3, 2, 1, 4)
 
 
 def metrics(score, **more):
@@ -152,7 +152,7 @@ def test_one_run_is_recorded_once(tmp_path):
     base, after = kept[job.key]["trace"]
     assert base["structure"] == pytest.approx(1, abs=1e-5) and base["drift_inside"] == 0
     assert after["drift_inside"] > 0 and after["redness"] != base["redness"]
-    longer = arms.Budget({"image": 2, "video": 1}, 3, 2, 1, 1, 4)
+    longer = arms.Budget({"image": 2, "video": 1}, 3, 2, 1, 4)
     assert not work.Study(tmp_path, longer, 1).done(job)
 
 

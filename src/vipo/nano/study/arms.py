@@ -79,7 +79,6 @@ class Budget:
         iterations: of pictures and of clips.
         prompts: evaluated after training.
         seeds: of every arm.
-        fewer_seeds: of two epochs and of redness.
         trace_every: iterations between two looks in the redness test.
         groups: per map in the signal table.
         most: of learning rates, clip ranges, tuning seeds, other arms and signal tables this many; None for all.
@@ -89,15 +88,14 @@ class Budget:
     iterations: Mapping[str, int]
     prompts: int
     seeds: int
-    fewer_seeds: int
     trace_every: int
     groups: int
     most: int | None = None
     per_iteration: int = 4
 
 
-FULL = Budget({"image": 30, "video": 20}, 128, 5, 3, 3, 160)
-QUICK = Budget({"image": 1, "video": 1}, 4, 1, 1, 1, 4, most=1, per_iteration=1)
+FULL = Budget({"image": 30, "video": 20}, 128, 5, 3, 160)
+QUICK = Budget({"image": 1, "video": 1}, 4, 1, 1, 4, most=1, per_iteration=1)
 """Some runs of every table, one iteration each: a minute or two; the numbers say nothing."""
 
 
@@ -164,7 +162,7 @@ def clip_jobs(rates: Mapping[str, float], budget: Budget) -> Iterator[Job]:
 
 def epoch_jobs(rates: Mapping[str, float], clips: Mapping[str, float], budget: Budget) -> Iterator[Job]:
     """Two inner epochs with the chosen clip ranges; ones per position takes ViPO's."""
-    for seed in range(budget.fewer_seeds):
+    for seed in range(budget.seeds):
         for arm in FIRST[:3]:
             changes = {**_rate(rates, arm), **_epochs(clips["grpo" if arm.name == "grpo" else "vipo"])}
             yield Job("epochs", "image", arm, seed, changes)
@@ -172,7 +170,7 @@ def epoch_jobs(rates: Mapping[str, float], clips: Mapping[str, float], budget: B
 
 def redness_jobs(rates: Mapping[str, float], budget: Budget) -> Iterator[Job]:
     """The paper's redness test, looked at several times on the way."""
-    for seed in range(budget.fewer_seeds):
+    for seed in range(budget.seeds):
         for arm in REDNESS:
             yield Job("redness", "image", arm, seed, {**_rate(rates, arm), "reward.name": "redness"})
 
